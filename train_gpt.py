@@ -1,0 +1,1374 @@
+"""
+train_gpt.py: train a GPT-2-sized model on FineWeb to a validation loss of 3.28, in the least wall-clock time.
+
+One file, read from top to bottom: settings, kernels, attention, model, optimizers, data, schedules, run.
+A newcomer without a GPU gets the same race in small: the demo preset trains the same twelve blocks on
+the source texts of Python's standard library. Launch it with
+
+    ./run.sh                                            # this machine: picks preset, device, process count
+    NUM_ITERATIONS=200 VAL_LOSS_EVERY=50 ./run.sh       # any setting, from the environment
+    python train_gpt.py --help                          # every setting: default, unit, meaning
+    python train_gpt.py --dry-run                       # what would run, and whether its data suffices
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                 # the race: 8 H100, one node
+
+Facts of the race: 1705 steps of 393,216 tokens; the mean cross-entropy over the first 10,485,760 tokens
+of the validation shard must come to 3.28 or less; compilation and validation are not timed. What has been
+measured, and how, stands in README.md and records/.
+
+Letters for tensor layouts, the same everywhere: T tokens of a packed sequence, D model width,
+H heads, K channels of a head, V vocabulary (padded), W window, N blocks of an attention band.
+"""
+
+import argparse
+import copy
+import difflib
+import glob
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------------
+# Settings: every knob, its unit and its meaning; read from the environment and checked in one place
+
+
+class UserError(Exception):
+    """Something that the person who launched the run can put right: one sentence a problem, no traceback.
+
+    `exit_code` is 2 for settings and 1 for everything else (data, device, files).
+    """
+
+    def __init__(self, *problems: str, exit_code: int = 1):
+        super().__init__("\n".join(problems))
+        self.exit_code = exit_code
+
+
+def setting(default, unit: str, meaning: str, low=None, high=None, choices=None):
+    """A dataclass field that knows its unit, meaning and inclusive range (low, high) or its choices."""
+    return field(default=default, metadata=dict(unit=unit, meaning=meaning, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run; the defaults are the speedrun's. NAME in the environment overrides `name`."""
+
+    # where it runs
+    device: str = setting("auto", "", "auto takes CUDA where there is a GPU", choices=("auto", "cuda", "cpu"))
+    dtype: str = setting("bfloat16", "", "activations, embedding tables, head and Newton-Schulz; the other "
+                         "master weights stay float32", choices=("bfloat16", "float32"))
+    torch_compile: bool = setting(True, "0/1", "compile the model with torch.compile (needs a compiler)")
+    seed: int = setting(0, "", "seed of the initial weights", 0, 2**63 - 1)
+    data_path: str = setting("", "folder", "root of the two patterns below; empty: the folder of train_gpt.py")
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, used in name order")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, used in name order")
+    log_dir: str = setting("logs", "folder", "a log file a run is written here")
+
+    # the race
+    num_iterations: int = setting(1705, "steps", "length of the run, and of its schedules", 1)
+    target_loss: float = setting(3.28, "nats/token", "the run stops at the first validation at or below", 0.0)
+    val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end", 0)
+    val_tokens: int = setting(10_485_760, "tokens", "validated, from the start of the validation shards", 1)
+    val_slice_tokens: int = setting(262_144, "tokens", "validated in one forward pass", 1)
+    warmup_steps: int = setting(30, "steps", "untimed, before the run, then undone; 0 for none", 0)
+
+    # a training step's batch
+    batch_tokens: int = setting(393_216, "tokens", "in a step, over all ranks", 1)
+    microbatches: int = setting(8, "", "packed sequences in a step, over all ranks", 1)
+    max_piece_tokens: int = setting(2048, "tokens", "of one document, from its BOS, in a training batch", 1)
+
+    # the model
+    vocab_size: int = setting(50_257, "ids", "that may occur in the data", 2, 65_536)
+    vocab_multiple: int = setting(128, "ids", "the model's vocabulary is padded to a multiple of this", 1)
+    bos_id: int = setting(50_256, "id", "of the token that opens every document", 0)
+    num_layers: int = setting(12, "blocks", "in the model; the first half feeds skips to the second", 1)
+    model_dim: int = setting(768, "channels", "of the residual stream", 4)
+    num_heads: int = setting(6, "heads", "that share model_dim", 1)
+    mlp_dim: int = setting(3072, "channels", "of an MLP's hidden layer", 1)
+    attn_scale: float = setting(0.12, "", "multiplies q.k before the softmax", 1e-6)
+    gate_channels: int = setting(12, "channels", "of a block's input that its attention gate reads; 0: no gate", 0)
+    skip_attn: str = setting("7", "blocks", "without attention, with commas")
+    skip_mlp: str = setting("0", "blocks", "without an MLP, with commas")
+    value_embeds: str = setting("012......012", "char/block", "a value-embedding table's digit, or . for none")
+    window_pattern: str = setting("LSSSLSSLSSSL", "char/block", "L: long attention window, S: short")
+    window_schedule: str = setting("3,7,11", "window_block", "long windows, each for an equal share of the run; "
+                                   "a short one is half of it, rounded down")
+    window_block: int = setting(128, "tokens", "unit of window_schedule", 1)
+
+    # the optimizers
+    muon_lr: float = setting(0.05, "", "learning rate of the blocks' matrices", 0.0)
+    muon_momentum_start: float = setting(0.85, "", "Muon's momentum at step 0", 0.0, 0.9999)
+    muon_momentum_end: float = setting(0.95, "", "Muon's momentum once warm", 0.0, 0.9999)
+    muon_momentum_steps: int = setting(300, "steps", "from the first momentum to the second", 0)
+    adam_lr: float = setting(0.008, "", "learning rate of tables, head and scalars, before the multiples", 0.0)
+    adam_beta1: float = setting(0.8, "", "decay of the mean gradient", 0.0, 0.9999)
+    adam_beta2: float = setting(0.95, "", "decay of the mean squared gradient", 0.0, 0.9999)
+    adam_eps: float = setting(1e-10, "", "added to the root of the uncorrected second moment", 0.0)
+    embed_lr_mult: float = setting(75.0, "x adam_lr", "embedding and value embeddings", 0.0)
+    head_lr_mult: float = setting(1.0, "x adam_lr", "head", 0.0)
+    scalar_lr_mult: float = setting(5.0, "x adam_lr", "the blocks' scalars", 0.0)
+    cooldown_frac: float = setting(0.45, "of the run", "at its end, in which the learning rate falls", 0.0, 1.0)
+    final_lr_frac: float = setting(0.1, "of the rate", "where the cooldown ends", 0.0, 1.0)
+
+    @property
+    def padded_vocab(self) -> int:
+        """V: rows of the tables and of the head."""
+        return round_up(self.vocab_size, self.vocab_multiple)
+
+    @property
+    def head_dim(self) -> int:
+        """K: channels of a head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def blocks(self) -> "list[Block]":
+        """The network's layout, a row a block (attention and MLP are numbered through, None where absent)."""
+        no_attn, no_mlp = parse_numbers(self.skip_attn), parse_numbers(self.skip_mlp)
+        rows, num_attn, num_mlp = [], 0, 0
+        for i in range(self.num_layers):
+            table = self.value_embeds[i]
+            rows.append(Block(attn=None if i in no_attn else num_attn, mlp=None if i in no_mlp else num_mlp,
+                              table=None if table == "." else int(table), long=self.window_pattern[i] == "L"))
+            num_attn, num_mlp = num_attn + (i not in no_attn), num_mlp + (i not in no_mlp)
+        return rows
+
+
+class Block(NamedTuple):
+    """What one block has: its place in the attention and MLP banks, its value-embedding table, its window."""
+
+    attn: int | None
+    mlp: int | None
+    table: int | None
+    long: bool
+
+
+# The demo: the same blocks, narrow, on the standard library of the Python that runs this. The folder bears
+# its version, since other versions have other texts. Bytes are the ids 0-255, and 256 is BOS.
+DEMO_DATA = f"data/stdlib-{platform.python_version()}"
+PRESETS = {
+    "speedrun": {},
+    "demo": dict(
+        dtype="float32", torch_compile=False,
+        train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
+        num_iterations=100, target_loss=1.70, val_loss_every=20, val_tokens=65_536, val_slice_tokens=8_192,
+        warmup_steps=3, batch_tokens=4096, microbatches=8, max_piece_tokens=1024,
+        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=512,
+        window_block=64, muon_momentum_steps=50,
+    ),
+}
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def parse_numbers(text: str) -> list[int]:
+    """'0,11' -> [0, 11]; '' -> []. Raises ValueError for anything but whole numbers and commas."""
+    return [int(part) for part in text.split(",")] if text.strip() else []
+
+
+def parse_value(spec, text: str):
+    """One environment value as its field's type. Raises ValueError, whose message says what was expected."""
+    meta, kind = spec.metadata, spec.type
+    if kind is bool:
+        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+        if text.strip().lower() not in words:
+            raise ValueError("1 or 0")
+        return words[text.strip().lower()]
+    if kind is str:
+        if meta["choices"] and text not in meta["choices"]:
+            raise ValueError("one of " + ", ".join(meta["choices"]))
+        return text
+    expected = "a whole number" if kind is int else "a number"
+    for bound, words in ((meta["low"], " of at least {:g}"), (meta["high"], " of at most {:g}")):
+        expected += words.format(bound) if bound is not None else ""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not math.isfinite(value) or not (meta["low"] or 0) <= value <= (meta["high"] or math.inf):
+        raise ValueError(expected)
+    return value
+
+
+def near_miss(name: str, known: set[str]) -> str | None:
+    """The setting that an environment name was probably meant to be. Short names are only compared but for case."""
+    if name in known or name.upper() in known:
+        return None if name in known else name.upper()
+    long_names = [k for k in known if len(k) >= 6]
+    return next(iter(difflib.get_close_matches(name.upper(), long_names, n=1, cutoff=0.87)), None)
+
+
+def resolve_settings(environ, preset: str) -> tuple[Settings, dict[str, str]]:
+    """Settings of `preset` ('speedrun' or 'demo') with the overrides found in `environ`, and those overrides.
+
+    Raises UserError (exit code 2) with every problem found: unknown preset, near-misses of names, values
+    of the wrong type or out of range, and settings that contradict each other.
+    """
+    specs = {f.name.upper(): f for f in fields(Settings)}
+    problems = []
+    if preset not in PRESETS:
+        problems.append(f"PRESET: expected one of {', '.join(PRESETS)}, found {preset!r}.")
+    values, overrides = dict(PRESETS.get(preset, {})), {}
+    for name in sorted(environ):
+        meant = near_miss(name, set(specs) | {"PRESET"})
+        if meant:
+            problems.append(f"{name}: no such setting; if {meant} was meant, write that, else unset {name}.")
+        if name not in specs:
+            continue
+        try:
+            values[specs[name].name] = parse_value(specs[name], environ[name])
+            overrides[specs[name].name] = environ[name]
+        except ValueError as expected:
+            problems.append(f"{name}: expected {expected}, found {environ[name]!r}.")
+    settings = Settings(**values)
+    problems += contradictions(settings)
+    if problems:
+        raise UserError(*problems, exit_code=2)
+    return settings, overrides
+
+
+def contradictions(s: Settings) -> list[str]:
+    """Every way in which the settings do not fit together, a sentence each."""
+    found = []
+
+    def require(holds: bool, sentence: str):
+        if not holds:
+            found.append(sentence)
+
+    require(s.bos_id < s.vocab_size, f"BOS_ID: expected an id below VOCAB_SIZE={s.vocab_size}, found {s.bos_id}.")
+    require(s.batch_tokens % s.microbatches == 0,
+            f"BATCH_TOKENS: expected a multiple of MICROBATCHES={s.microbatches}, found {s.batch_tokens}.")
+    require(s.val_tokens % s.val_slice_tokens == 0,
+            f"VAL_TOKENS: expected a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}, found {s.val_tokens}.")
+    require(s.model_dim % (4 * s.num_heads) == 0, f"MODEL_DIM: expected a multiple of 4 x NUM_HEADS = "
+            f"{4 * s.num_heads} (a head's channels rotate in pairs, half of them), found {s.model_dim}.")
+    require(s.gate_channels <= s.model_dim,
+            f"GATE_CHANNELS: expected at most MODEL_DIM={s.model_dim}, found {s.gate_channels}.")
+    lists = {}
+    for name in ("skip_attn", "skip_mlp"):
+        text = getattr(s, name)
+        try:
+            lists[name] = parse_numbers(text)
+            ok = len(set(lists[name])) == len(lists[name]) and all(0 <= i < s.num_layers for i in lists[name])
+        except ValueError:
+            ok = False
+        require(ok, f"{name.upper()}: expected different block numbers from 0 to {s.num_layers - 1} "
+                f"with commas between, or nothing, found {text!r}.")
+    for name, alphabet in (("value_embeds", "0123456789."), ("window_pattern", "LS")):
+        text = getattr(s, name)
+        require(len(text) == s.num_layers and set(text) <= set(alphabet),
+                f"{name.upper()}: expected NUM_LAYERS={s.num_layers} characters out of {alphabet}, found {text!r}.")
+    tables = sorted(set(s.value_embeds) - {"."})
+    require(tables == [str(i) for i in range(len(tables))],
+            f"VALUE_EMBEDS: expected the tables numbered 0, 1, 2 ... without a gap, found {s.value_embeds!r}.")
+    for i in lists.get("skip_attn", []):
+        require(not 0 <= i < len(s.value_embeds) or s.value_embeds[i] == ".", f"VALUE_EMBEDS: expected . for block "
+                f"{i}, which SKIP_ATTN={s.skip_attn} leaves without attention, found {s.value_embeds!r}.")
+    try:
+        windows_ok = min(parse_numbers(s.window_schedule), default=0) >= 2
+    except ValueError:
+        windows_ok = False
+    require(windows_ok, "WINDOW_SCHEDULE: expected whole numbers of at least 2 with commas between, "
+            f"found {s.window_schedule!r}.")
+    return found
+
+
+def choose_preset(environ) -> tuple[str, str]:
+    """The preset's name, and a line that says which, why, and how to get the other."""
+    if "PRESET" in environ:
+        return environ["PRESET"], f"preset: {environ['PRESET']}, as PRESET says"
+    root = Path(environ.get("DATA_PATH") or HERE)
+    shards = find_files(root, environ.get("TRAIN_FILES", Settings.train_files))
+    lacks = [] if torch.cuda.is_available() else ["no CUDA GPU"]
+    lacks += [] if shards else ["no FineWeb shards"]
+    if lacks:
+        return "demo", (f"preset: demo, since there is {' and '.join(lacks)} here; for the other, PRESET=speedrun"
+                        + ("" if shards else " after python data/cached_fineweb10B.py"))
+    return "speedrun", "preset: speedrun, since a CUDA GPU and FineWeb shards are here; for the other, PRESET=demo"
+
+
+class BatchPlan(NamedTuple):
+    """How a step's tokens fall to the ranks: `slots` packed sequences of `slot_tokens`, each rank `per_rank`."""
+
+    slots: int
+    slot_tokens: int
+    per_rank: int
+    world_size: int
+
+    def __str__(self):
+        return (f"{self.world_size} rank{'s' * (self.world_size > 1)} x {self.per_rank} "
+                f"microbatch{'es' * (self.per_rank > 1)} x {self.slot_tokens:,} tokens = "
+                f"{self.slots * self.slot_tokens:,} tokens/step")
+
+
+def plan_batch(s: Settings, world_size: int) -> BatchPlan:
+    """Split a step over `world_size` ranks; beyond MICROBATCHES ranks, each has one, shorter microbatch.
+
+    Raises UserError (exit code 2) where the world size does not divide the batch.
+    """
+    slots = max(s.microbatches, world_size)
+    if slots % world_size or s.batch_tokens % slots:
+        raise UserError(f"WORLD_SIZE: expected a divisor of MICROBATCHES={s.microbatches}, or more ranks that divide "
+                        f"BATCH_TOKENS={s.batch_tokens}, found {world_size}; start another number of processes "
+                        "(NPROC=... ./run.sh).", exit_code=2)
+    return BatchPlan(slots, s.batch_tokens // slots, slots // world_size, world_size)
+
+
+def largest_world_size(s: Settings, num_gpus: int) -> int:
+    """The most processes that `num_gpus` GPUs of one machine can run and the batch can feed (1 without a GPU)."""
+    return max(w for w in range(1, max(num_gpus, 1) + 1) if s.microbatches % w == 0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Kernels: the step's hot spots, each behind one choice that is made once and says why
+#
+# A kernel is a plain function. To add a faster one, write it, and have choose_kernels return it where the
+# device can run it. The versions here are plain PyTorch: right on every device, fast on none.
+
+
+class Kernels(NamedTuple):
+    """The implementations that a run uses (signatures: those of the functions below)."""
+
+    attention_plan: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    head_loss: Callable[..., Tensor]
+    orthogonalize: Callable[..., Tensor]
+
+
+def choose_kernels(device: torch.device) -> tuple[Kernels, list[str]]:
+    """The kernels for `device`, and for each a line that names the choice and its reason."""
+    kernels = Kernels(banded_plan, banded_attention, softcapped_head_loss, newton_schulz)
+    why = f"the only implementation so far; runs on any device ({device.type} here)"
+    return kernels, [f"attention: banded, by scaled_dot_product_attention: {why}",
+                     f"head: plain, logits in the activations' dtype: {why}",
+                     f"newton_schulz: by torch.matmul, whole products: {why}"]
+
+
+def softcapped_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), as a float32 scalar.
+
+    x: (T, D) and weight: (V, D), both in the activations' dtype; targets: (T,) int64 below V.
+    Without gradients the tokens are taken in chunks, since validation's logits would not fit in memory.
+    """
+    chunk = len(x) if torch.is_grad_enabled() else 8192
+    losses = []
+    for x_chunk, targets_chunk in zip(x.split(chunk), targets.split(chunk)):
+        logits = 30 * torch.sigmoid(F.linear(x_chunk, weight).float() / 7.5)
+        losses.append(F.cross_entropy(logits, targets_chunk, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly orthogonal matrices with the row and column spaces of the given ones, in `dtype`.
+
+    matrices: (..., rows, cols). Five steps of the quintic iteration of Muon (Keller Jordan et al., 2024,
+    kellerjordan.github.io/posts/muon) take the singular values to about 1 +- 0.3; zero stays zero.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
+    x = matrices.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # so that x @ x.mT is the smaller of the two products
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        poly = b * gram + c * (gram @ gram)
+        x = a * x + poly @ x
+    return x.mT if tall else x
+
+
+# ----------------------------------------------------------------------------------------------------
+# Attention: packed documents, causal, within a sliding window
+#
+# The sequence is cut into N blocks as long as the window. A query then finds every key that it may see in
+# its own block and the one before, so scores take T x 2W instead of T x T.
+
+
+def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask of banded_attention, made once for all blocks of the model with this window.
+
+    cu_seqlens: (S,) int32, the piece starts in ascending order, padded with num_tokens. Query i may see
+    key j where j is in the same piece and 0 <= i - j <= window: the token itself and `window` before it.
+    Returns (N, 1, B, keys) of 0 and -inf, with B = min(window, num_tokens), and keys = 2B (B if N is 1).
+    """
+    block = min(window, num_tokens)
+    num_blocks = -(-num_tokens // block)
+    device = cu_seqlens.device
+    query = torch.arange(num_blocks * block, device=device).view(num_blocks, block, 1)
+    key = query.view(num_blocks, 1, block)
+    if num_blocks > 1:
+        key = torch.cat((key - block, key), dim=2)
+    # The number of starts at or before a position names its piece. Padding behind the last token is one too.
+    piece = lambda position: torch.searchsorted(cu_seqlens, position.to(torch.int32), right=True)
+    seen = (key <= query) & (query - key <= window) & (piece(key) == piece(query)) & (key >= 0)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T + plan) v for a packed sequence. q, k, v and the result: (T, H, K), any dtype."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, _, block, num_keys = plan.shape
+
+    def blocks(x: Tensor, with_previous: bool) -> Tensor:  # (T, H, K) -> (N, H, B or 2B, K)
+        x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens)).view(num_blocks, block, num_heads, head_dim)
+        if with_previous:  # block 0 has none: it gets zeros, which the plan masks
+            x = torch.cat((F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=1)
+        return x.transpose(1, 2)
+
+    previous = num_keys > block
+    y = F.scaled_dot_product_attention(blocks(q, False), blocks(k, previous), blocks(v, previous), plan, scale=scale)
+    return y.transpose(1, 2).reshape(num_blocks * block, num_heads, head_dim)[:num_tokens]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Model: all blocks' matrices in two banks, indexed by block
+#
+# attn_bank holds q, k, v and output projection of every block that has attention, as 4 matrices in a row;
+# mlp_bank holds up and down of every block that has an MLP. So a Muon step needs one reduce-scatter, one
+# batched Newton-Schulz and one all-gather a bank, however many blocks there are.
+
+SCALARS = dict(skip=1.0, x=1.0, x0=0.0, v=0.5, ve=0.5)  # a row of `scalars`, with the values it starts from
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without a gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (num_tokens, 1, head_dim // 2) float32.
+
+    Half of the pairs turn, by (1/1024)^(j/(n-1)) radians a token, j = 0 .. n-1; the others stand still.
+    """
+    turning = head_dim // 4
+    frequency = torch.cat(((1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)))
+    angle = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequency)[:, None, :]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs taken from K's two halves."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
+
+
+class GPT(nn.Module):
+    """The model. Parameters are empty until init_weights fills them, so it can be built on the meta device."""
+
+    def __init__(self, s: Settings, kernels: Kernels):
+        super().__init__()
+        self.settings, self.kernels, self.blocks = s, kernels, s.blocks
+        num_attn = sum(b.attn is not None for b in self.blocks)
+        num_mlp = sum(b.mlp is not None for b in self.blocks)
+        self.num_tables = len({b.table for b in self.blocks} - {None})
+
+        def parameter(name: str, *shape: int, dtype=torch.float32):
+            empty = 0 in shape  # a layout without gates, say, has no such parameter
+            self.register_parameter(name, None if empty else nn.Parameter(torch.empty(shape, dtype=dtype)))
+
+        parameter("embed", s.padded_vocab, s.model_dim, dtype=s.torch_dtype)
+        parameter("value_embeds", self.num_tables * s.padded_vocab, s.model_dim, dtype=s.torch_dtype)
+        parameter("attn_bank", 4 * num_attn, s.model_dim, s.model_dim)
+        parameter("gate_bank", num_attn, s.num_heads, s.gate_channels)
+        parameter("mlp_bank", 2 * num_mlp, s.model_dim, s.mlp_dim)
+        parameter("lm_head", s.padded_vocab, s.model_dim)
+        parameter("scalars", s.num_layers, len(SCALARS))
+        cos, sin = rotary_tables(max(s.batch_tokens // s.microbatches, s.val_slice_tokens), s.head_dim)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
+        """Cross-entropy in nats, a float32 scalar: summed over the tokens in training, averaged in evaluation.
+
+        inputs: (T,) int32 and targets: (T,) int64 token ids; cu_seqlens: (S,) int32 piece starts, padded
+        with T; windows: (long, short) attention windows in tokens.
+        """
+        s, num_tokens = self.settings, inputs.numel()
+        plans = {window: self.kernels.attention_plan(cu_seqlens, num_tokens, window, s.torch_dtype)
+                 for window in dict.fromkeys(windows)}
+        x = x0 = norm(F.embedding(inputs, self.embed))
+        tables = self.look_up_value_embeds(inputs)
+        attn_weights, gate_weights, mlp_weights = self.weights_by_block()
+        scalars = [row.unbind() for row in self.scalars.unbind()]
+        half, outputs = s.num_layers // 2, []
+        for i, block in enumerate(self.blocks):
+            skip, w_x, w_x0, w_v, w_ve = scalars[i]
+            if i >= s.num_layers - half:
+                x = x + skip * outputs.pop()
+            x = w_x * x + w_x0 * x0
+            if block.attn is not None:
+                ve = None if block.table is None else w_ve * tables[block.table]
+                gate = None if gate_weights is None else gate_weights[block.attn]
+                plan = plans[windows[0 if block.long else 1]]
+                x = x + self.attention(norm(x), attn_weights[block.attn], gate, w_v, ve, plan)
+            if block.mlp is not None:
+                up, down = mlp_weights[block.mlp]  # both (D, hidden), so that they share a bank
+                x = x + F.linear(F.relu(norm(x) @ up).square(), down)
+            if i < half:
+                outputs.append(x)
+        loss = self.kernels.head_loss(norm(x), self.lm_head.type_as(x), targets)
+        return loss if self.training else loss / num_tokens
+
+    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor | None, w_v: Tensor, ve: Tensor | None, plan) -> Tensor:
+        """One block's attention. x: (T, D), normalised; qkvo: (4, D, D); gate: (H, channels); ve: (T, D)."""
+        s, num_tokens = self.settings, len(x)
+        q, k, v = F.linear(x, qkvo[:3].flatten(0, 1)).view(num_tokens, 3, s.num_heads, s.head_dim).unbind(1)
+        cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        v = w_v * v if ve is None else w_v * v + ve.view_as(v)
+        y = self.kernels.attention(q, k, v, plan, s.attn_scale)
+        if gate is not None:  # sparse attention gate: a scalar a head and token, from the first channels alone
+            y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
+        return F.linear(y.flatten(1), qkvo[3])
+
+    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Each table's rows for the inputs, (T, D) each: one look-up in the tables laid end to end."""
+        if self.value_embeds is None:
+            return ()
+        first_row = self.settings.padded_vocab * torch.arange(self.num_tables, device=inputs.device)
+        return F.embedding(inputs + first_row[:, None], self.value_embeds).unbind()
+
+    def weights_by_block(self):
+        """The banks in the activations' dtype, cast once and split: [(4, D, D)], [(H, channels)], [(2, D, hidden)]."""
+        def split(bank: Tensor | None, group: int):
+            if bank is None:
+                return None
+            bank = bank.to(self.settings.torch_dtype)
+            return (bank.unflatten(0, (-1, group)) if group > 1 else bank).unbind()
+
+        return split(self.attn_bank, 4), split(self.gate_bank, 1), split(self.mlp_bank, 2)
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Fill every parameter in place, from numbers drawn on the CPU, so that all devices start alike."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = 3**0.5 * 0.5 * model.settings.model_dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
+
+    @torch.no_grad()
+    def fill(name: str, p: Tensor):
+        values = torch.zeros(p.shape)
+        if name in ("embed", "value_embeds"):
+            values.normal_(generator=generator)
+        elif name == "attn_bank":  # q, k, v of every block; the output projections start at zero
+            values.unflatten(0, (-1, 4))[:, :3].uniform_(-bound, bound, generator=generator)
+        elif name == "mlp_bank":  # up; down starts at zero
+            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
+        elif name == "scalars":
+            values[:] = torch.tensor(list(SCALARS.values()))
+        elif name not in ("gate_bank", "lm_head"):
+            raise KeyError(f"no initial weights are given for parameter {name}")
+        p.copy_(values)
+
+    for name, p in model.named_parameters():
+        fill(name, p)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Optimizers: Muon for the blocks' matrices, Adam for the rest, both sharded over the ranks
+#
+# A parameter is a stack of rows: matrices for Muon, vectors for Adam. Each rank owns an equal run of them
+# and keeps optimizer state for those alone. A step has three phases:
+#   1. reduce: reduce-scatter the gradients; each rank gets the average over ranks of its own rows;
+#   2. update: each rank computes the step of its own rows, in place;
+#   3. gather: all-gather the rows, so that every rank again holds the whole parameter, bit for bit the same.
+# Where the rows do not divide by the number of ranks, the storage behind the parameter is longer than the
+# parameter: rows of zeros fill it up, whose gradient is zero, so that they stay zero.
+
+
+@dataclass
+class Shard:
+    """One parameter as its optimizer sees it on this rank."""
+
+    name: str
+    param: nn.Parameter
+    lr_mult: float
+    rows: Tensor  # whole padded storage, (rows a rank x world size, ...); the parameter is a view of its start
+    own: Tensor  # this rank's part of `rows`
+    state: dict[str, Tensor]  # like `own`
+    grad: Tensor | None = None  # phase 1: the averaged gradient of `own`
+    work: dist.Work | None = None  # the collective in flight
+
+
+class ShardedOptimizer:
+    """The three phases; a subclass says what a row is, which state it needs and how it moves."""
+
+    def __init__(self, params: dict[str, tuple[nn.Parameter, float]], rank: int, world_size: int):
+        """params: name -> (parameter, learning-rate multiple). Re-homes each parameter in padded storage."""
+        self.world_size = world_size
+        self.shards = [self.make_shard(name, p, lr_mult, rank) for name, (p, lr_mult) in params.items()]
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def new_state(self, own: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def update(self, shard: Shard, **schedule: float) -> None:
+        raise NotImplementedError
+
+    def make_shard(self, name: str, p: nn.Parameter, lr_mult: float, rank: int) -> Shard:
+        rows = self.pad(self.as_rows(p.data))
+        p.data = rows.flatten()[:p.numel()].view(p.shape)
+        own = rows.chunk(self.world_size)[rank]
+        return Shard(name, p, lr_mult, rows, own, self.new_state(own))
+
+    def pad(self, rows: Tensor) -> Tensor:
+        missing = -len(rows) % self.world_size
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Phase 1, started for every parameter; the gradients are used up."""
+        for s in self.shards:
+            grad = self.pad(self.as_rows(s.param.grad))
+            s.param.grad = None
+            if self.world_size == 1:
+                s.grad = grad
+            else:
+                s.grad = torch.empty_like(s.own)
+                s.work = dist.reduce_scatter_tensor(s.grad, grad, op=dist.ReduceOp.AVG, async_op=True)
+
+    @torch.no_grad()
+    def update_and_gather(self, **schedule: float) -> None:
+        """Phase 2, each parameter as its gradient arrives, and phase 3, started at once after it."""
+        for s in self.shards:
+            if s.work is not None:
+                s.work.wait()
+            self.update(s, **schedule)
+            s.grad = None
+            if self.world_size > 1:
+                s.work = dist.all_gather_into_tensor(s.rows, s.own, async_op=True)
+
+    def finish(self) -> None:
+        """End of phase 3: the parameters may be read."""
+        for s in self.shards:
+            if s.work is not None:
+                s.work.wait()
+                s.work = None
+
+
+class Muon(ShardedOptimizer):
+    """Momentum, then orthogonalisation of each matrix on its own (Jordan et al., 2024). Rows are matrices."""
+
+    def __init__(self, params, rank: int, world_size: int, lr: float, orthogonalize, dtype: torch.dtype):
+        super().__init__(params, rank, world_size)
+        self.lr, self.orthogonalize, self.dtype = lr, orthogonalize, dtype
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        return x
+
+    def new_state(self, own: Tensor) -> dict[str, Tensor]:
+        return dict(momentum=torch.zeros_like(own))
+
+    def update(self, s: Shard, lr_scale: float, momentum: float) -> None:
+        buffer = s.state["momentum"].lerp_(s.grad, 1 - momentum)
+        direction = self.orthogonalize(s.grad.lerp(buffer, momentum), self.dtype)  # Nesterov's look ahead
+        rows, cols = direction.shape[-2:]
+        s.own.add_(direction, alpha=-self.lr * s.lr_mult * lr_scale * max(1, rows / cols) ** 0.5)
+
+
+class DistAdam(ShardedOptimizer):
+    """Adam (Kingma and Ba, 2015) on rows of the last axis; state has the parameter's dtype.
+
+    eps joins the root of the uncorrected second moment, so that only its ratio to the gradient's size counts.
+    """
+
+    def __init__(self, params, rank: int, world_size: int, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(params, rank, world_size)
+        self.lr, self.betas, self.eps = lr, betas, eps
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        return x.flatten(0, -2)
+
+    def new_state(self, own: Tensor) -> dict[str, Tensor]:
+        return dict(mean=torch.zeros_like(own), square=torch.zeros_like(own), step=torch.zeros(()))
+
+    def update(self, s: Shard, lr_scale: float, momentum: float) -> None:
+        beta1, beta2 = self.betas
+        s.state["step"] += 1  # kept on the CPU: reading it costs no synchronisation
+        t = s.state["step"].item()
+        mean = s.state["mean"].mul_(beta1).add_(s.grad, alpha=1 - beta1)
+        square = s.state["square"].mul_(beta2).addcmul_(s.grad, s.grad, value=1 - beta2)
+        lr = self.lr * s.lr_mult * lr_scale * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+        s.own.add_(mean.div(square.sqrt().add_(self.eps)), alpha=-lr)
+
+
+def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list[ShardedOptimizer]:
+    """Both optimizers, from the one table of who trains what and at which multiple of its learning rate."""
+    table = dict(
+        attn_bank=(Muon, 1.0),
+        gate_bank=(Muon, 1.0),
+        mlp_bank=(Muon, 1.0),
+        embed=(DistAdam, s.embed_lr_mult),
+        value_embeds=(DistAdam, s.embed_lr_mult),
+        lm_head=(DistAdam, s.head_lr_mult),
+        scalars=(DistAdam, s.scalar_lr_mult),
+    )
+    params = dict(model.named_parameters())
+    if not set(params) <= set(table):
+        raise KeyError(f"no optimizer is given for {sorted(set(params) - set(table))}")
+    groups = {kind: {name: (params[name], lr_mult) for name, (owner, lr_mult) in table.items()
+                     if owner is kind and name in params} for kind in (Muon, DistAdam)}
+    return [Muon(groups[Muon], rank, world_size, s.muon_lr, model.kernels.orthogonalize, s.torch_dtype),
+            DistAdam(groups[DistAdam], rank, world_size, s.adam_lr, (s.adam_beta1, s.adam_beta2), s.adam_eps)]
+
+
+def optimizer_step(optimizers: list[ShardedOptimizer], **schedule: float) -> None:
+    """One step of all of them, so interleaved that communication overlaps computation."""
+    for optimizer in optimizers:
+        optimizer.reduce()
+    for optimizer in optimizers:
+        optimizer.update_and_gather(**schedule)
+    for optimizer in optimizers:
+        optimizer.finish()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Data: token shards, the walk over their documents, training batches and validation slices
+#
+# A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as uint16.
+# It is mapped, not read: the check of its ids before step 0 leaves it in the operating system's cache.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+class TokenShard:
+    """One shard file. Opening it checks header and size; `starts` checks the tokens as it indexes them."""
+
+    def __init__(self, path: Path, s: Settings):
+        """Raises UserError, with file, expected, found and remedy, where the file is not a shard."""
+        self.path, self.settings, self._starts = path, s, None
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                head = file.read(SHARD_HEADER_BYTES)
+        except OSError as error:
+            raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}.") from None
+        self.expect(len(head) == SHARD_HEADER_BYTES, f"a header of {SHARD_HEADER_BYTES} bytes", f"{size} bytes")
+        magic, version, self.num_tokens = (int(word) for word in np.frombuffer(head, "<i4", count=3))
+        self.expect(magic == SHARD_MAGIC, f"magic number {SHARD_MAGIC}", f"{magic}, so it is no token shard")
+        self.expect(version == SHARD_VERSION, f"version {SHARD_VERSION}", f"version {version}")
+        expected = SHARD_HEADER_BYTES + 2 * self.num_tokens
+        self.expect(self.num_tokens > 0 and size == expected, f"{expected:,} bytes, as its header's count of "
+                    f"{self.num_tokens:,} tokens says", f"{size:,} bytes")
+        self.tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+    def expect(self, holds: bool, expected: str, found: str):
+        if not holds:
+            raise UserError(f"{self.path}: expected {expected}, found {found}; delete it and make it again.")
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(documents + 1,) int64: every document's first token, then the shard's length. Read once."""
+        if self._starts is None:
+            vocab_size, bos_id = self.settings.vocab_size, self.settings.bos_id
+            beyond = int(self.tokens.max())
+            if beyond >= vocab_size:
+                where = int(np.argmax(self.tokens >= vocab_size))
+                self.expect(False, f"token ids below VOCAB_SIZE={vocab_size}", f"{self.tokens[where]} at token {where}")
+            documents = np.flatnonzero(self.tokens == bos_id)
+            self.expect(len(documents) > 0, f"documents that open with BOS_ID={bos_id}", "not one such token")
+            self._starts = np.append(documents, self.num_tokens)
+        return self._starts
+
+
+def find_files(root: Path, pattern: str) -> list[Path]:
+    """Files that match, in name order; an absolute pattern stands for itself."""
+    return sorted(Path(name) for name in glob.glob(os.path.join(glob.escape(str(root)), pattern)))
+
+
+def open_shards(s: Settings, pattern: str, name: str) -> list[TokenShard]:
+    """All shards that match a setting's pattern, each header checked. Raises UserError where there is none."""
+    root = Path(s.data_path or HERE)
+    paths = find_files(root, pattern)
+    if not paths:
+        raise UserError(f"{name}: expected token shards at {root / pattern}, found none; fetch FineWeb with "
+                        "python data/cached_fineweb10B.py, or take PRESET=demo, which needs no download.")
+    return [TokenShard(path, s) for path in paths]
+
+
+class Piece(NamedTuple):
+    """A document, or its beginning, in a batch: tokens[start:end] of a shard."""
+
+    shard: int
+    start: int
+    end: int
+
+
+class DocumentWalk:
+    """Goes through the documents of all shards in order and packs them into slots, without reading a token.
+
+    The state is a plain pair of numbers, (shard, document), that can be saved and put back.
+    """
+
+    def __init__(self, shards: list[TokenShard], max_piece_tokens: int):
+        self.shards, self.max_piece_tokens = shards, max_piece_tokens
+        self.position = (0, 0)
+
+    def next_slot(self, num_tokens: int) -> list[Piece] | None:
+        """Pieces that fill `num_tokens` + 1 tokens (targets are shifted by one); None where the shards end.
+
+        A piece is a document from its BOS, cut at max_piece_tokens or where the slot is full. What is cut
+        off is not used; the next slot opens with the next document.
+        """
+        (shard, document), missing, pieces = self.position, num_tokens + 1, []
+        while missing:
+            if shard == len(self.shards):
+                return None
+            starts = self.shards[shard].starts
+            if document == len(starts) - 1:
+                shard, document = shard + 1, 0
+                continue
+            start = int(starts[document])
+            length = min(int(starts[document + 1]) - start, self.max_piece_tokens, missing)
+            pieces.append(Piece(shard, start, start + length))
+            missing, document = missing - length, document + 1
+        self.position = (shard, document)
+        return pieces
+
+
+class DataPlan(NamedTuple):
+    """What the planned steps take from the training shards, counted before step 0."""
+
+    steps_fed: int  # at most the planned ones
+    tokens_used: int
+    tokens_dropped: int  # rests of cut documents, and what stands before a shard's first BOS
+    most_pieces: int  # in any slot
+
+    def __str__(self):
+        passed = self.tokens_used + self.tokens_dropped
+        return (f"{self.steps_fed:,} steps take {self.tokens_used:,} tokens; {self.tokens_dropped:,} more "
+                f"({self.tokens_dropped / max(passed, 1):.1%} of those passed) are rests of cut documents, dropped")
+
+
+def plan_data(shards: list[TokenShard], batch: BatchPlan, steps: int, max_piece_tokens: int) -> DataPlan:
+    """Walk all planned steps over the document index alone. Indexes, and so checks, each shard it comes to."""
+    walk, used, most, fed = DocumentWalk(shards, max_piece_tokens), 0, 0, 0
+    position = walk.position
+    for step in range(steps):
+        slots = [walk.next_slot(batch.slot_tokens) for _ in range(batch.slots)]
+        if None in slots:
+            break
+        fed, position = step + 1, walk.position
+        most = max(most, *map(len, slots))
+        used += batch.slots * (batch.slot_tokens + 1)
+    shard, document = position
+    passed = sum(x.num_tokens for x in shards[:shard]) + (int(shards[shard].starts[document]) if fed else 0)
+    return DataPlan(fed, used, passed - used, most)
+
+
+def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataPlan]:
+    """Training shards, validation tokens (val_tokens + 1,) and plan, or UserError with what is wrong with them."""
+    shards = open_shards(s, s.train_files, "TRAIN_FILES")
+    val_shards = open_shards(s, s.val_files, "VAL_FILES")
+    available, needed = sum(x.num_tokens for x in val_shards), s.val_tokens + 1
+    if available < needed:
+        raise UserError(f"VAL_FILES: expected at least VAL_TOKENS + 1 = {needed:,} tokens in "
+                        f"{val_shards[0].path.parent}, found {available:,}; lower VAL_TOKENS or add shards.")
+    for shard in val_shards:
+        shard.starts  # checks its tokens
+    val_tokens = np.concatenate([x.tokens for x in val_shards])[:needed] if len(val_shards) > 1 else val_shards[0].tokens[:needed]
+    plan = plan_data(shards, batch, s.num_iterations, s.max_piece_tokens)
+    if plan.steps_fed < s.num_iterations:
+        have = sum(x.num_tokens for x in shards)
+        raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+                        f"{s.batch_tokens:,} tokens, found {have:,} tokens in {len(shards)} shards, which feed "
+                        f"{plan.steps_fed} steps; lower NUM_ITERATIONS or add shards "
+                        f"(FineWeb: python data/cached_fineweb10B.py {len(shards) + 1} or more).")
+    return shards, val_tokens, plan
+
+
+class Batch(NamedTuple):
+    """One packed sequence on the device: inputs (T,) int32, targets (T,) int64, cu_seqlens (S,) int32."""
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+
+
+def make_batch(tokens: np.ndarray, starts, length: int, device: torch.device) -> Batch:
+    """A batch from T + 1 tokens and the starts of their pieces, padded with T to a fixed length."""
+    num_tokens = len(tokens) - 1
+    cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
+    cu_seqlens[:len(starts)] = starts
+    parts = [torch.from_numpy(x) for x in (tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens)]
+    if device.type == "cuda":  # pinned, so that the copy does not wait for the device
+        parts = [x.pin_memory().to(device, non_blocking=True) for x in parts]
+    return Batch(*parts)
+
+
+def cu_seqlens_length(num_tokens: int, most_pieces: int) -> int:
+    """S: room for a piece every 300 tokens, in steps of 128 so that shapes stay static; more where data need it."""
+    return round_up(max(num_tokens // 300, most_pieces + 1), 128)
+
+
+class TrainLoader:
+    """This rank's training batches: in every round of world_size slots, the slot of its rank."""
+
+    def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataPlan, rank: int,
+                 device: torch.device):
+        self.walk, self.batch, self.rank, self.device = DocumentWalk(shards, s.max_piece_tokens), batch, rank, device
+        self.length = cu_seqlens_length(batch.slot_tokens, plan.most_pieces)
+
+    def next_batch(self) -> Batch:
+        slots = [self.walk.next_slot(self.batch.slot_tokens) for _ in range(self.batch.world_size)]
+        pieces = slots[self.rank]
+        tokens = np.concatenate([self.walk.shards[p.shard].tokens[p.start:p.end] for p in pieces])
+        starts = np.cumsum([0] + [p.end - p.start for p in pieces[:-1]])
+        return make_batch(tokens, starts[starts < self.batch.slot_tokens], self.length, self.device)
+
+
+def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
+    """Yields (slice number, batch) for this rank's slices of the validation tokens: every world_size-th.
+
+    Slices are cut at fixed places; their pieces start at 0 and wherever a BOS stands.
+    """
+    size = s.val_slice_tokens
+    bos_per_slice = np.add.reduceat(tokens[:-1] == s.bos_id, np.arange(0, s.val_tokens, size), dtype=np.int64)
+    length = cu_seqlens_length(size, int(bos_per_slice.max()) + 1)
+    for number in range(rank, s.val_tokens // size, world_size):
+        piece = tokens[number * size:(number + 1) * size + 1]
+        starts = np.union1d([0], np.flatnonzero(piece[:-1] == s.bos_id))
+        yield number, make_batch(piece, starts, length, device)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step
+
+
+def lr_scale(step: int, s: Settings) -> float:
+    """Factor of every learning rate: 1, then linear from 1 down to final_lr_frac over the last cooldown_frac."""
+    left = (s.num_iterations - step) / s.num_iterations
+    if left > s.cooldown_frac or s.cooldown_frac == 0:
+        return 1.0
+    return s.final_lr_frac + (1 - s.final_lr_frac) * left / s.cooldown_frac
+
+
+def muon_momentum(step: int, s: Settings) -> float:
+    """Muon's momentum, linear over the first muon_momentum_steps."""
+    done = min(step / s.muon_momentum_steps, 1) if s.muon_momentum_steps else 1
+    return (1 - done) * s.muon_momentum_start + done * s.muon_momentum_end
+
+
+def attention_windows(step: int, s: Settings) -> tuple[int, int]:
+    """(long, short) attention windows in tokens; the last step that only validates is numbered num_iterations."""
+    stages = parse_numbers(s.window_schedule)
+    stage = stages[len(stages) * step // (s.num_iterations + 1)]
+    return stage * s.window_block, stage // 2 * s.window_block
+
+
+def window_steps(s: Settings) -> list[int]:
+    """A step of each stage of the window schedule, for the warm-up to visit."""
+    return sorted({attention_windows(step, s): step for step in range(s.num_iterations + 1)}.values())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Run: process group, log, clock, warm-up, validation, training, main
+
+
+class World(NamedTuple):
+    """This process among the others."""
+
+    rank: int
+    size: int
+    local_rank: int  # on this node
+    local_size: int
+
+    @classmethod
+    def from_environ(cls, environ) -> "World":
+        """As torchrun says; a single process where it says nothing. Raises UserError for half of a description."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        given = [name for name in names if environ.get(name)]
+        if not given:
+            return cls(0, 1, 0, 1)
+        try:
+            world = cls(*(int(environ[name]) for name in names))
+        except (KeyError, ValueError):
+            world = cls(-1, 0, -1, 0)
+        if not (0 <= world.local_rank < world.local_size <= world.size and world.local_rank <= world.rank < world.size):
+            found = ", ".join(f"{name}={environ[name]}" for name in given)
+            raise UserError(f"{', '.join(names)}: expected all of them, as torchrun sets them, or none of them, "
+                            f"found {found}.", exit_code=2)
+        return world
+
+
+def choose_device(s: Settings, world: World) -> tuple[torch.device, str]:
+    """The device of this process and the reason. Raises UserError where DEVICE=cuda cannot be met."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if s.device == "cpu" or (s.device == "auto" and not gpus):
+        return torch.device("cpu"), "as DEVICE says" if s.device == "cpu" else "no CUDA GPU here"
+    if world.local_size > gpus:
+        raise UserError(f"DEVICE: expected a CUDA GPU for each of {world.local_size} processes here, found {gpus}; "
+                        "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
+    return torch.device("cuda", world.local_rank), "as DEVICE says" if s.device == "cuda" else "a CUDA GPU is here"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Training time: runs between start() and stop(), each of which waits for the device first."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self.started = device, 0.0, None
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        synchronize(self.device)
+        self.total, self.started = self.total + time.perf_counter() - self.started, None
+
+    def milliseconds(self) -> float:
+        running = time.perf_counter() - self.started if self.started is not None else 0.0
+        return 1000 * (self.total + running)
+
+
+class Log:
+    """Rank 0's voice: a file with everything, and the console with the rest of it; silent on other ranks.
+
+    On a terminal, a step moves one live progress line; in a pipe, it prints its line.
+    """
+
+    def __init__(self, s: Settings, batch: BatchPlan, rank: int):
+        self.settings, self.batch, self.file, self.bar = s, batch, None, None
+        self.pending, self.val_loss = None, math.nan
+        if rank:
+            return
+        folder = Path(s.log_dir)
+        self.path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "x", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"LOG_DIR: expected a folder to write logs in, found {s.log_dir!r} with: "
+                            f"{error.strerror}; set LOG_DIR to another.") from None
+
+    def write(self, text: str, console: bool = True) -> None:
+        if self.file is None:
+            return
+        print(text, file=self.file, flush=True)
+        if not console:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def open_bar(self) -> None:
+        if self.file is not None and sys.stdout.isatty():
+            from tqdm import tqdm  # only where there is a terminal to draw on
+
+            self.bar = tqdm(total=self.settings.num_iterations, file=sys.stdout, dynamic_ncols=True, leave=False,
+                            bar_format="{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left")
+
+    def times(self, step: int, clock: Clock) -> str:
+        elapsed = clock.milliseconds()
+        return f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms"
+
+    def step(self, step: int, loss: Tensor, ready: Callable[[], None], clock: Clock) -> None:
+        """Note that `step` steps are enqueued; write the line of the one before, whose loss is by now there.
+
+        `loss` is the mean over the batch once `ready` has returned. Waiting one step behind keeps the
+        device busy. On the CPU nothing is enqueued, and the line comes at once.
+        """
+        self.flush(clock)
+        self.pending = (step, loss, ready)
+        if clock.device.type == "cpu":
+            self.flush(clock)
+
+    def flush(self, clock: Clock) -> None:
+        if self.pending is None:
+            return
+        (step, loss, ready), self.pending = self.pending, None
+        ready()
+        if self.file is None:
+            return
+        train_loss, times = loss.item(), self.times(step, clock)
+        line = f"step:{step}/{self.settings.num_iterations} {times} train_loss:{train_loss:.4f}"
+        self.write(line, console=self.bar is None)
+        if self.bar is not None:
+            average = clock.milliseconds() / step
+            self.bar.set_postfix_str(f"train {train_loss:.3f}, val {self.val_loss:.3f}, {average:.0f} ms/step, "
+                                     f"{1000 * self.settings.batch_tokens / average:,.0f} tokens/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def validation(self, step: int, val_loss: float, clock: Clock) -> None:
+        self.val_loss = val_loss
+        self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {self.times(step, clock)}")
+
+    def result(self, step: int, val_loss: float, clock: Clock) -> None:
+        """The run's last words, first for people, then for programs."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        s, reached = self.settings, val_loss <= self.settings.target_loss
+        self.write(f"{'target reached' if reached else 'target not reached'}: validation loss {val_loss:.4f} against "
+                   f"{s.target_loss:g}, at step {step} of {s.num_iterations}, after "
+                   f"{clock.milliseconds() / 1000:.1f} s of training")
+        self.write(f"target_reached:{int(reached)} target_loss:{s.target_loss:g} val_loss:{val_loss:.4f} "
+                   f"step:{step} {self.times(step, clock)}")
+        if clock.device.type == "cuda":  # the CPU's allocator keeps no such count
+            self.write(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                       f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+        if self.file is not None:
+            print(f"log: {self.path}", flush=True)
+
+
+def command_output(*command: str) -> str | None:
+    """What a program prints, or None where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_environment(device: torch.device) -> list[str]:
+    """What, besides source and settings, it takes to run this again. No environment variable is read."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    commit = command_output("git", "rev-parse", "HEAD")
+    changed = command_output("git", "status", "--porcelain", "--untracked-files=no")
+    lines = [f"Python {sys.version}", f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton_version}",
+             f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads a process",
+             f"git commit: {commit or 'none'}{' with local changes' if changed else ''}"]
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        lines += [f"GPUs of this node: {', '.join(names)}", command_output("nvidia-smi") or "nvidia-smi: not found"]
+    return lines
+
+
+def describe_settings(s: Settings, overrides: dict[str, str]) -> list[str]:
+    return [f"{f.name}: {getattr(s, f.name)!r}{'  (overridden)' if f.name in overrides else ''}" for f in fields(s)]
+
+
+def describe_model(s: Settings) -> str:
+    """Parameter counts by group, from a model without storage."""
+    with torch.device("meta"):
+        model = GPT(s, choose_kernels(torch.device("meta"))[0])
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    return (f"parameters: {sum(counts.values()):,} = " + " + ".join(f"{n:,} {name}" for name, n in counts.items()))
+
+
+def describe_data(shards: list[TokenShard], plan: DataPlan, s: Settings) -> str:
+    return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {sum(x.num_tokens for x in shards):,} available "
+            f"in {len(shards)} shard{'s' * (len(shards) > 1)}; {plan}")
+
+
+def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings, batch: BatchPlan) -> None:
+    """Untimed steps at every window size, on real batches; then parameters, optimizer state and loader are put back.
+
+    Raises RuntimeError if anything is not bit for bit what it was.
+    """
+    if not s.warmup_steps:
+        return
+    tensors = [*model.parameters(), *(x for o in optimizers for shard in o.shards for x in shard.state.values())]
+    before, position = [x.detach().clone() for x in tensors], loader.walk.position
+    stages = window_steps(s)
+    for i in range(max(s.warmup_steps, len(stages))):
+        train_step(forward, optimizers, loader, stages[i % len(stages)], s, batch)
+        loader.walk.position = position
+    with torch.no_grad():
+        for x, kept in zip(tensors, before):
+            x.copy_(kept)
+    if not all(torch.equal(x, kept) for x, kept in zip(tensors, before)):
+        raise RuntimeError("the warm-up did not put the state back; this is an error in train_gpt.py")
+
+
+@torch.no_grad()
+def validate(model: GPT, forward, val_tokens: np.ndarray, s: Settings, world: World, step: int) -> float:
+    """Mean loss over all validation tokens, from this model on every rank; the same number on each."""
+    device = model.embed.device
+    losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
+    model.eval()
+    for number, batch in validation_batches(val_tokens, s, world.rank, world.size, device):
+        losses[number] = forward(*batch, attention_windows(step, s))
+    model.train()
+    if world.size > 1:  # each slice is a number on one rank and zero on the others: the sum is exact
+        dist.all_reduce(losses)
+    return losses.double().mean().item()
+
+
+def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings, batch: BatchPlan):
+    """One optimizer step. Returns the batch's mean loss, and a function that waits until it is there."""
+    losses = []
+    for _ in range(batch.per_rank):
+        loss = forward(*loader.next_batch(), attention_windows(step, s))
+        loss.backward()
+        losses.append(loss.detach())
+    mean = torch.stack(losses).sum() / s.batch_tokens
+    work = dist.all_reduce(mean, async_op=True) if batch.world_size > 1 else None
+    optimizer_step(optimizers, lr_scale=lr_scale(step, s), momentum=muon_momentum(step, s))
+    return mean, (work.wait if work else lambda: None)
+
+
+def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings,
+          batch: BatchPlan, world: World, log: Log) -> None:
+    """The race: train and validate until the target or the last step, on a clock that validation stops."""
+    clock = Clock(model.embed.device)
+    clock.start()
+    for step in range(s.num_iterations + 1):
+        last_step = step == s.num_iterations
+        if last_step or (s.val_loss_every and step % s.val_loss_every == 0):
+            clock.stop()
+            log.flush(clock)
+            val_loss = validate(model, forward, val_tokens, s, world, step)
+            log.validation(step, val_loss, clock)
+            if last_step or val_loss <= s.target_loss:
+                break
+            clock.start()
+        loss, ready = train_step(forward, optimizers, loader, step, s, batch)
+        log.step(step + 1, loss, ready, clock)
+    log.result(step, val_loss, clock)
+
+
+def ensure_demo_data(s: Settings) -> None:
+    """Build the demo's shards where its default pattern finds none. Raises UserError where that fails."""
+    root = Path(s.data_path or HERE)
+    if s.train_files != PRESETS["demo"]["train_files"] or find_files(root, s.train_files):
+        return
+    command = [sys.executable, str(HERE / "data" / "demo_corpus.py"), str(root / DEMO_DATA)]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise UserError(f"{root / DEMO_DATA}: expected data/demo_corpus.py to build the demo's shards, found: "
+                        + (result.stderr.strip().splitlines() or ["nothing said"])[-1])
+
+
+def parse_arguments(argv) -> argparse.Namespace:
+    """The command line; --help lists the settings from the dataclass."""
+    rows = []
+    for f in fields(Settings):
+        demo = PRESETS["demo"].get(f.name, f.default)
+        default = f"{f.default!r}" + (f" (demo: {demo!r})" if demo != f.default else "")
+        rows.append(f"  {f.name.upper()}\n      default {default}; {f.metadata['unit']}{': ' * bool(f.metadata['unit'])}"
+                    f"{f.metadata['meaning']}")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a GPT-2-sized model to a target validation loss in the least wall-clock time.",
+        epilog="settings, from the environment:\n  PRESET\n      speedrun or demo; left out: speedrun where there are a "
+               "CUDA GPU and FineWeb shards, else demo\n" + "\n".join(rows))
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, check its data, and stop")
+    parser.add_argument("--nproc", action="store_true",
+                        help="check settings and data, print the number of processes for this machine, and stop")
+    return parser.parse_args(argv)
+
+
+def planned_world_size(s: Settings, device: torch.device, environ) -> int:
+    """How many processes run.sh starts: NPROC, or as many as GPUs and batch allow. Raises UserError."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    asked = environ.get("NPROC") or largest_world_size(s, gpus)
+    try:
+        world_size = int(asked)
+    except ValueError:
+        world_size = 0
+    if world_size < 1 or (gpus and world_size > gpus):
+        raise UserError("NPROC: expected a whole number of at least 1" + f" and at most {gpus} (GPUs)" * bool(gpus)
+                        + f", found {asked!r}.", exit_code=2)
+    return world_size
+
+
+def plan_only(args: argparse.Namespace) -> None:
+    """--dry-run and --nproc: everything that can be found out before a process is started or a GPU is used."""
+    preset, why_preset = choose_preset(os.environ)
+    s, overrides = resolve_settings(os.environ, preset)
+    device, why_device = choose_device(s, World(0, 1, 0, 1))
+    world_size = planned_world_size(s, device, os.environ)
+    batch = plan_batch(s, world_size)
+    if args.nproc:
+        print(why_preset, file=sys.stderr)
+        ensure_demo_data(s)
+        check_data(s, batch)
+        print(world_size)
+        return
+    print(why_preset, f"device: {device.type}, {why_device}", "settings:", sep="\n")
+    print(*("  " + line for line in describe_settings(s, overrides)), sep="\n")
+    print(f"overridden: {', '.join(name.upper() for name in overrides) or 'nothing'}", f"batch: {batch}",
+          describe_model(s), sep="\n", flush=True)
+    ensure_demo_data(s)
+    shards, _, plan = check_data(s, batch)
+    print(describe_data(shards, plan, s))
+
+
+def run(world: World) -> None:
+    """From the environment to the end of the race. Raises UserError for what the user can put right."""
+    preset, why_preset = choose_preset(os.environ)
+    s, overrides = resolve_settings(os.environ, preset)
+    device, why_device = choose_device(s, world)
+    batch = plan_batch(s, world.size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world.size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    if world.local_rank == 0:
+        ensure_demo_data(s)
+    if world.size > 1:
+        dist.barrier()
+    shards, val_tokens, plan = check_data(s, batch)
+
+    log = Log(s, batch, world.rank)
+    kernels, why_kernels = choose_kernels(device)
+    log.write((HERE / "train_gpt.py").read_text(encoding="utf-8"), console=False)
+    for line in ("=" * 100, *describe_environment(device), *describe_settings(s, overrides), "=" * 100):
+        log.write(line, console=False)
+    for line in (why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
+                 describe_model(s), describe_data(shards, plan, s)):
+        log.write(line)
+
+    model = GPT(s, kernels)
+    init_weights(model, s.seed)
+    model.to(device)
+    if world.size > 1:  # ranks on unlike machines might have drawn unlike numbers
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    optimizers = make_optimizers(model, s, world.rank, world.size)
+    loader = TrainLoader(shards, s, batch, plan, world.rank, device)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if s.torch_compile else model
+    warm_up(model, forward, optimizers, loader, s, batch)
+    train(model, forward, optimizers, loader, val_tokens, s, batch, world, log)
+
+
+def main(argv=None) -> int:
+    """Returns the exit code: 0, 2 for wrong settings, 1 for anything else that the user can put right."""
+    args = parse_arguments(argv)
+    world = None
+    try:
+        world = World.from_environ(os.environ)
+        plan_only(args) if args.dry_run or args.nproc else run(world)
+    except UserError as error:
+        if world is None or world.local_rank == 0:  # all ranks of a node find the same
+            print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
