@@ -20,9 +20,9 @@ H heads, K channels of a head, V vocabulary (padded), W window, N blocks of an a
 """
 
 import argparse
-import copy
 import difflib
 import glob
+import importlib.metadata
 import math
 import os
 import platform
@@ -59,7 +59,8 @@ class UserError(Exception):
 
 def setting(default, unit: str, meaning: str, low=None, high=None, choices=None):
     """A dataclass field that knows its unit, meaning and inclusive range (low, high) or its choices."""
-    return field(default=default, metadata=dict(unit=unit, meaning=meaning, low=low, high=high, choices=choices))
+    about = dict(unit=unit, meaning=meaning, low=low, high=high, choices=choices)
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Settings:
                          "master weights stay float32", choices=("bfloat16", "float32"))
     torch_compile: bool = setting(True, "0/1", "compile the model with torch.compile (needs a compiler)")
     seed: int = setting(0, "", "seed of the initial weights", 0, 2**63 - 1)
-    data_path: str = setting("", "folder", "root of the two patterns below; empty: the folder of train_gpt.py")
-    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, used in name order")
-    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, used in name order")
+    data_path: str = setting("", "folder", "root of the two patterns below; empty: train_gpt.py's own")
+    train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, by name")
+    val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, by name")
     log_dir: str = setting("logs", "folder", "a log file a run is written here")
 
     # the race
@@ -89,6 +90,7 @@ class Settings:
     batch_tokens: int = setting(393_216, "tokens", "in a step, over all ranks", 1)
     microbatches: int = setting(8, "", "packed sequences in a step, over all ranks", 1)
     max_piece_tokens: int = setting(2048, "tokens", "of one document, from its BOS, in a training batch", 1)
+    epochs: int = setting(1, "passes", "over the training shards, at most", 1)
 
     # the model
     vocab_size: int = setting(50_257, "ids", "that may occur in the data", 2, 65_536)
@@ -99,13 +101,13 @@ class Settings:
     num_heads: int = setting(6, "heads", "that share model_dim", 1)
     mlp_dim: int = setting(3072, "channels", "of an MLP's hidden layer", 1)
     attn_scale: float = setting(0.12, "", "multiplies q.k before the softmax", 1e-6)
-    gate_channels: int = setting(12, "channels", "of a block's input that its attention gate reads; 0: no gate", 0)
+    gate_channels: int = setting(12, "channels", "of a block's input that gate its attention; 0: no gate", 0)
     skip_attn: str = setting("7", "blocks", "without attention, with commas")
     skip_mlp: str = setting("0", "blocks", "without an MLP, with commas")
-    value_embeds: str = setting("012......012", "char/block", "a value-embedding table's digit, or . for none")
+    value_embeds: str = setting("012......012", "char/block", "number of its value embedding, or .")
     window_pattern: str = setting("LSSSLSSLSSSL", "char/block", "L: long attention window, S: short")
-    window_schedule: str = setting("3,7,11", "window_block", "long windows, each for an equal share of the run; "
-                                   "a short one is half of it, rounded down")
+    window_schedule: str = setting("3,7,11", "x window_block", "long windows, each for an equal share of "
+                                   "the run; a short one is half as long, rounded down")
     window_block: int = setting(128, "tokens", "unit of window_schedule", 1)
 
     # the optimizers
@@ -113,14 +115,14 @@ class Settings:
     muon_momentum_start: float = setting(0.85, "", "Muon's momentum at step 0", 0.0, 0.9999)
     muon_momentum_end: float = setting(0.95, "", "Muon's momentum once warm", 0.0, 0.9999)
     muon_momentum_steps: int = setting(300, "steps", "from the first momentum to the second", 0)
-    adam_lr: float = setting(0.008, "", "learning rate of tables, head and scalars, before the multiples", 0.0)
+    adam_lr: float = setting(0.008, "", "learning rate of all else, before the multiples", 0.0)
     adam_beta1: float = setting(0.8, "", "decay of the mean gradient", 0.0, 0.9999)
     adam_beta2: float = setting(0.95, "", "decay of the mean squared gradient", 0.0, 0.9999)
     adam_eps: float = setting(1e-10, "", "added to the root of the uncorrected second moment", 0.0)
     embed_lr_mult: float = setting(75.0, "x adam_lr", "embedding and value embeddings", 0.0)
     head_lr_mult: float = setting(1.0, "x adam_lr", "head", 0.0)
     scalar_lr_mult: float = setting(5.0, "x adam_lr", "the blocks' scalars", 0.0)
-    cooldown_frac: float = setting(0.45, "of the run", "at its end, in which the learning rate falls", 0.0, 1.0)
+    cooldown_frac: float = setting(0.45, "of the run", "in which, at its end, learning rates fall", 0.0, 1.0)
     final_lr_frac: float = setting(0.1, "of the rate", "where the cooldown ends", 0.0, 1.0)
 
     @property
@@ -167,10 +169,11 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=100, target_loss=1.70, val_loss_every=20, val_tokens=65_536, val_slice_tokens=8_192,
-        warmup_steps=3, batch_tokens=4096, microbatches=8, max_piece_tokens=1024,
-        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=512,
-        window_block=64, muon_momentum_steps=50,
+        num_iterations=110, target_loss=1.70, val_loss_every=10, val_tokens=65_536, val_slice_tokens=8192,
+        warmup_steps=3, batch_tokens=5120, epochs=4,
+        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256, window_block=16,
+        muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
+        adam_lr=0.016, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
 }
 
@@ -186,30 +189,28 @@ def parse_numbers(text: str) -> list[int]:
 
 def parse_value(spec, text: str):
     """One environment value as its field's type. Raises ValueError, whose message says what was expected."""
-    meta, kind = spec.metadata, spec.type
+    kind, low, high, choices = spec.type, *(spec.metadata[key] for key in ("low", "high", "choices"))
     if kind is bool:
-        words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-        if text.strip().lower() not in words:
-            raise ValueError("1 or 0")
-        return words[text.strip().lower()]
+        choices = ("1", "0", "true", "false", "yes", "no", "on", "off")
+    if choices and text.lower() not in choices:
+        raise ValueError("one of " + ", ".join(choices))
+    if kind is bool:
+        return choices.index(text.lower()) % 2 == 0
     if kind is str:
-        if meta["choices"] and text not in meta["choices"]:
-            raise ValueError("one of " + ", ".join(meta["choices"]))
         return text
-    expected = "a whole number" if kind is int else "a number"
-    for bound, words in ((meta["low"], " of at least {:g}"), (meta["high"], " of at most {:g}")):
-        expected += words.format(bound) if bound is not None else ""
+    bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+    expected = ("a whole number of " if kind is int else "a number of ") + " and ".join(bounds)
     try:
         value = kind(text)
     except ValueError:
         raise ValueError(expected) from None
-    if not math.isfinite(value) or not (meta["low"] or 0) <= value <= (meta["high"] or math.inf):
+    if not (math.isfinite(value) and low <= value <= (math.inf if high is None else high)):
         raise ValueError(expected)
     return value
 
 
 def near_miss(name: str, known: set[str]) -> str | None:
-    """The setting that an environment name was probably meant to be. Short names are only compared but for case."""
+    """The setting that an environment name was probably meant to be; short ones are compared but for case."""
     if name in known or name.upper() in known:
         return None if name in known else name.upper()
     long_names = [k for k in known if len(k) >= 6]
@@ -249,45 +250,40 @@ def contradictions(s: Settings) -> list[str]:
     """Every way in which the settings do not fit together, a sentence each."""
     found = []
 
-    def require(holds: bool, sentence: str):
+    def require(holds: bool, name: str, expected: str):
         if not holds:
-            found.append(sentence)
+            found.append(f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}.")
 
-    require(s.bos_id < s.vocab_size, f"BOS_ID: expected an id below VOCAB_SIZE={s.vocab_size}, found {s.bos_id}.")
-    require(s.batch_tokens % s.microbatches == 0,
-            f"BATCH_TOKENS: expected a multiple of MICROBATCHES={s.microbatches}, found {s.batch_tokens}.")
-    require(s.val_tokens % s.val_slice_tokens == 0,
-            f"VAL_TOKENS: expected a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}, found {s.val_tokens}.")
-    require(s.model_dim % (4 * s.num_heads) == 0, f"MODEL_DIM: expected a multiple of 4 x NUM_HEADS = "
-            f"{4 * s.num_heads} (a head's channels rotate in pairs, half of them), found {s.model_dim}.")
-    require(s.gate_channels <= s.model_dim,
-            f"GATE_CHANNELS: expected at most MODEL_DIM={s.model_dim}, found {s.gate_channels}.")
+    require(s.bos_id < s.vocab_size, "bos_id", f"an id below VOCAB_SIZE={s.vocab_size}")
+    require(s.batch_tokens % s.microbatches == 0, "batch_tokens",
+            f"a multiple of MICROBATCHES={s.microbatches}")
+    require(s.val_tokens % s.val_slice_tokens == 0, "val_tokens",
+            f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}")
+    require(s.model_dim % (4 * s.num_heads) == 0, "model_dim",
+            f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)")
+    require(s.gate_channels <= s.model_dim, "gate_channels", f"at most MODEL_DIM={s.model_dim}")
     lists = {}
-    for name in ("skip_attn", "skip_mlp"):
-        text = getattr(s, name)
+    for name in ("skip_attn", "skip_mlp", "window_schedule"):
         try:
-            lists[name] = parse_numbers(text)
-            ok = len(set(lists[name])) == len(lists[name]) and all(0 <= i < s.num_layers for i in lists[name])
+            lists[name] = parse_numbers(getattr(s, name))
         except ValueError:
-            ok = False
-        require(ok, f"{name.upper()}: expected different block numbers from 0 to {s.num_layers - 1} "
-                f"with commas between, or nothing, found {text!r}.")
+            lists[name] = [-1]
+    for name in ("skip_attn", "skip_mlp"):
+        distinct = len(set(lists[name])) == len(lists[name])
+        require(distinct and all(0 <= i < s.num_layers for i in lists[name]), name,
+                f"different block numbers from 0 to {s.num_layers - 1} with commas between, or nothing")
+    require(min(lists["window_schedule"], default=0) >= 2, "window_schedule",
+            "whole numbers of at least 2 with commas between")
     for name, alphabet in (("value_embeds", "0123456789."), ("window_pattern", "LS")):
         text = getattr(s, name)
-        require(len(text) == s.num_layers and set(text) <= set(alphabet),
-                f"{name.upper()}: expected NUM_LAYERS={s.num_layers} characters out of {alphabet}, found {text!r}.")
+        require(len(text) == s.num_layers and set(text) <= set(alphabet), name,
+                f"a character out of {alphabet} for each of NUM_LAYERS={s.num_layers} blocks")
     tables = sorted(set(s.value_embeds) - {"."})
-    require(tables == [str(i) for i in range(len(tables))],
-            f"VALUE_EMBEDS: expected the tables numbered 0, 1, 2 ... without a gap, found {s.value_embeds!r}.")
-    for i in lists.get("skip_attn", []):
-        require(not 0 <= i < len(s.value_embeds) or s.value_embeds[i] == ".", f"VALUE_EMBEDS: expected . for block "
-                f"{i}, which SKIP_ATTN={s.skip_attn} leaves without attention, found {s.value_embeds!r}.")
-    try:
-        windows_ok = min(parse_numbers(s.window_schedule), default=0) >= 2
-    except ValueError:
-        windows_ok = False
-    require(windows_ok, "WINDOW_SCHEDULE: expected whole numbers of at least 2 with commas between, "
-            f"found {s.window_schedule!r}.")
+    require(tables == [str(i) for i in range(len(tables))], "value_embeds",
+            "tables numbered 0, 1, ... without a gap")
+    deaf = [i for i in lists["skip_attn"] if 0 <= i < len(s.value_embeds) and s.value_embeds[i] != "."]
+    require(not deaf, "value_embeds", f". for block {', '.join(map(str, deaf))}, left without attention by "
+            f"SKIP_ATTN={s.skip_attn}")
     return found
 
 
@@ -299,14 +295,14 @@ def choose_preset(environ) -> tuple[str, str]:
     shards = find_files(root, environ.get("TRAIN_FILES", Settings.train_files))
     lacks = [] if torch.cuda.is_available() else ["no CUDA GPU"]
     lacks += [] if shards else ["no FineWeb shards"]
-    if lacks:
-        return "demo", (f"preset: demo, since there is {' and '.join(lacks)} here; for the other, PRESET=speedrun"
-                        + ("" if shards else " after python data/cached_fineweb10B.py"))
-    return "speedrun", "preset: speedrun, since a CUDA GPU and FineWeb shards are here; for the other, PRESET=demo"
+    if not lacks:
+        return "speedrun", "preset: speedrun (a CUDA GPU and FineWeb shards are here); the other: PRESET=demo"
+    first = "" if shards else ", after python data/cached_fineweb10B.py"
+    return "demo", f"preset: demo ({' and '.join(lacks)} here); the other: PRESET=speedrun{first}"
 
 
 class BatchPlan(NamedTuple):
-    """How a step's tokens fall to the ranks: `slots` packed sequences of `slot_tokens`, each rank `per_rank`."""
+    """How a step's tokens fall to the ranks: `slots` packed sequences, `per_rank` of them each."""
 
     slots: int
     slot_tokens: int
@@ -326,14 +322,14 @@ def plan_batch(s: Settings, world_size: int) -> BatchPlan:
     """
     slots = max(s.microbatches, world_size)
     if slots % world_size or s.batch_tokens % slots:
-        raise UserError(f"WORLD_SIZE: expected a divisor of MICROBATCHES={s.microbatches}, or more ranks that divide "
-                        f"BATCH_TOKENS={s.batch_tokens}, found {world_size}; start another number of processes "
-                        "(NPROC=... ./run.sh).", exit_code=2)
+        raise UserError(f"WORLD_SIZE: expected a divisor of MICROBATCHES={s.microbatches}, or more ranks, if "
+                        f"they divide BATCH_TOKENS={s.batch_tokens}, found {world_size}; start another "
+                        "number of processes (NPROC=... ./run.sh).", exit_code=2)
     return BatchPlan(slots, s.batch_tokens // slots, slots // world_size, world_size)
 
 
 def largest_world_size(s: Settings, num_gpus: int) -> int:
-    """The most processes that `num_gpus` GPUs of one machine can run and the batch can feed (1 without a GPU)."""
+    """The most processes that `num_gpus` GPUs can run and the batch can feed; 1 without a GPU."""
     return max(w for w in range(1, max(num_gpus, 1) + 1) if s.microbatches % w == 0)
 
 
@@ -417,8 +413,8 @@ def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.d
     if num_blocks > 1:
         key = torch.cat((key - block, key), dim=2)
     # The number of starts at or before a position names its piece. Padding behind the last token is one too.
-    piece = lambda position: torch.searchsorted(cu_seqlens, position.to(torch.int32), right=True)
-    seen = (key <= query) & (query - key <= window) & (piece(key) == piece(query)) & (key >= 0)
+    query_piece, key_piece = (torch.searchsorted(cu_seqlens, x.int(), right=True) for x in (query, key))
+    seen = (key <= query) & (query - key <= window) & (key_piece == query_piece) & (key >= 0)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
 
 
@@ -428,13 +424,14 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float
     num_blocks, _, block, num_keys = plan.shape
 
     def blocks(x: Tensor, with_previous: bool) -> Tensor:  # (T, H, K) -> (N, H, B or 2B, K)
-        x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens)).view(num_blocks, block, num_heads, head_dim)
+        x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens)).unflatten(0, (num_blocks, block))
         if with_previous:  # block 0 has none: it gets zeros, which the plan masks
             x = torch.cat((F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=1)
         return x.transpose(1, 2)
 
     previous = num_keys > block
-    y = F.scaled_dot_product_attention(blocks(q, False), blocks(k, previous), blocks(v, previous), plan, scale=scale)
+    q, k, v = blocks(q, False), blocks(k, previous), blocks(v, previous)
+    y = F.scaled_dot_product_attention(q, k, v, plan, scale=scale)
     return y.transpose(1, 2).reshape(num_blocks * block, num_heads, head_dim)[:num_tokens]
 
 
@@ -460,18 +457,18 @@ def rotary_tables(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """
     turning = head_dim // 4
     frequency = torch.cat(((1 / 1024) ** torch.linspace(0, 1, turning), torch.zeros(head_dim // 2 - turning)))
-    angle = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequency)[:, None, :]
+    angle = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs taken from K's two halves."""
+    """Rotary position embedding (Su et al., 2021) in float32; x: (T, ..., H, K), paired across K's halves."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
 class GPT(nn.Module):
-    """The model. Parameters are empty until init_weights fills them, so it can be built on the meta device."""
+    """The model. Parameters are empty until init_weights fills them; it can be built on the meta device."""
 
     def __init__(self, s: Settings, kernels: Kernels):
         super().__init__()
@@ -495,8 +492,8 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
-        """Cross-entropy in nats, a float32 scalar: summed over the tokens in training, averaged in evaluation.
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]):
+        """Cross-entropy in nats, a float32 scalar: summed over tokens in training, averaged in evaluation.
 
         inputs: (T,) int32 and targets: (T,) int64 token ids; cu_seqlens: (S,) int32 piece starts, padded
         with T; windows: (long, short) attention windows in tokens.
@@ -527,15 +524,15 @@ class GPT(nn.Module):
         loss = self.kernels.head_loss(norm(x), self.lm_head.type_as(x), targets)
         return loss if self.training else loss / num_tokens
 
-    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor | None, w_v: Tensor, ve: Tensor | None, plan) -> Tensor:
+    def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor | None, w_v: Tensor, ve: Tensor | None, plan):
         """One block's attention. x: (T, D), normalised; qkvo: (4, D, D); gate: (H, channels); ve: (T, D)."""
         s, num_tokens = self.settings, len(x)
-        q, k, v = F.linear(x, qkvo[:3].flatten(0, 1)).view(num_tokens, 3, s.num_heads, s.head_dim).unbind(1)
-        cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        qkv = F.linear(x, qkvo[:3].flatten(0, 1)).view(num_tokens, 3, s.num_heads, s.head_dim)
+        cos, sin = self.cos[:num_tokens, None], self.sin[:num_tokens, None]
+        (q, k), v = rotate(norm(qkv[:, :2]), cos, sin).unbind(1), qkv[:, 2]
         v = w_v * v if ve is None else w_v * v + ve.view_as(v)
         y = self.kernels.attention(q, k, v, plan, s.attn_scale)
-        if gate is not None:  # sparse attention gate: a scalar a head and token, from the first channels alone
+        if gate is not None:  # sparse attention gate: a scalar a head and token, from the first channels
             y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
         return F.linear(y.flatten(1), qkvo[3])
 
@@ -547,7 +544,7 @@ class GPT(nn.Module):
         return F.embedding(inputs + first_row[:, None], self.value_embeds).unbind()
 
     def weights_by_block(self):
-        """The banks in the activations' dtype, cast once and split: [(4, D, D)], [(H, channels)], [(2, D, hidden)]."""
+        """Banks cast to the activations' dtype and split: (4, D, D), (H, channels), (2, D, hidden) each."""
         def split(bank: Tensor | None, group: int):
             if bank is None:
                 return None
@@ -600,11 +597,16 @@ class Shard:
     name: str
     param: nn.Parameter
     lr_mult: float
-    rows: Tensor  # whole padded storage, (rows a rank x world size, ...); the parameter is a view of its start
+    rows: Tensor  # whole padded storage, a multiple of world_size rows; the parameter is a view of its start
     own: Tensor  # this rank's part of `rows`
     state: dict[str, Tensor]  # like `own`
     grad: Tensor | None = None  # phase 1: the averaged gradient of `own`
     work: dist.Work | None = None  # the collective in flight
+
+
+# torch 2.13 renamed both collectives and warns of the old names, which are all that torch 2.11 has.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class ShardedOptimizer:
@@ -644,7 +646,7 @@ class ShardedOptimizer:
                 s.grad = grad
             else:
                 s.grad = torch.empty_like(s.own)
-                s.work = dist.reduce_scatter_tensor(s.grad, grad, op=dist.ReduceOp.AVG, async_op=True)
+                s.work = reduce_scatter(s.grad, grad, op=dist.ReduceOp.AVG, async_op=True)
 
     @torch.no_grad()
     def update_and_gather(self, **schedule: float) -> None:
@@ -655,7 +657,7 @@ class ShardedOptimizer:
             self.update(s, **schedule)
             s.grad = None
             if self.world_size > 1:
-                s.work = dist.all_gather_into_tensor(s.rows, s.own, async_op=True)
+                s.work = all_gather(s.rows, s.own, async_op=True)
 
     def finish(self) -> None:
         """End of phase 3: the parameters may be read."""
@@ -751,23 +753,25 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
 class TokenShard:
-    """One shard file. Opening it checks header and size; `starts` checks the tokens as it indexes them."""
+    """One shard file. Opening it checks header and size; index() checks the tokens."""
 
     def __init__(self, path: Path, s: Settings):
         """Raises UserError, with file, expected, found and remedy, where the file is not a shard."""
-        self.path, self.settings, self._starts = path, s, None
+        self.path, self.settings, self.starts = path, s, None
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
                 head = file.read(SHARD_HEADER_BYTES)
         except OSError as error:
-            raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}.") from None
-        self.expect(len(head) == SHARD_HEADER_BYTES, f"a header of {SHARD_HEADER_BYTES} bytes", f"{size} bytes")
+            raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; put its "
+                            "permissions right, or delete it and make it again.") from None
+        self.expect(len(head) == SHARD_HEADER_BYTES, f"{SHARD_HEADER_BYTES} bytes of header", f"{size} bytes")
         magic, version, self.num_tokens = (int(word) for word in np.frombuffer(head, "<i4", count=3))
         self.expect(magic == SHARD_MAGIC, f"magic number {SHARD_MAGIC}", f"{magic}, so it is no token shard")
         self.expect(version == SHARD_VERSION, f"version {SHARD_VERSION}", f"version {version}")
+        self.expect(self.num_tokens > 0, "a count of at least 1 token in its header", f"{self.num_tokens}")
         expected = SHARD_HEADER_BYTES + 2 * self.num_tokens
-        self.expect(self.num_tokens > 0 and size == expected, f"{expected:,} bytes, as its header's count of "
+        self.expect(size == expected, f"{expected:,} bytes, as its header's count of "
                     f"{self.num_tokens:,} tokens says", f"{size:,} bytes")
         self.tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
@@ -775,19 +779,18 @@ class TokenShard:
         if not holds:
             raise UserError(f"{self.path}: expected {expected}, found {found}; delete it and make it again.")
 
-    @property
-    def starts(self) -> np.ndarray:
-        """(documents + 1,) int64: every document's first token, then the shard's length. Read once."""
-        if self._starts is None:
+    def index(self) -> np.ndarray:
+        """(documents + 1,) int64: each document's first token, then the shard's end. Checks every token."""
+        if self.starts is None:
             vocab_size, bos_id = self.settings.vocab_size, self.settings.bos_id
-            beyond = int(self.tokens.max())
-            if beyond >= vocab_size:
+            if int(self.tokens.max()) >= vocab_size:
                 where = int(np.argmax(self.tokens >= vocab_size))
-                self.expect(False, f"token ids below VOCAB_SIZE={vocab_size}", f"{self.tokens[where]} at token {where}")
+                found = f"{self.tokens[where]} at token {where}"
+                self.expect(False, f"ids below VOCAB_SIZE={vocab_size}", found)
             documents = np.flatnonzero(self.tokens == bos_id)
             self.expect(len(documents) > 0, f"documents that open with BOS_ID={bos_id}", "not one such token")
-            self._starts = np.append(documents, self.num_tokens)
-        return self._starts
+            self.starts = np.append(documents, self.num_tokens)
+        return self.starts
 
 
 def find_files(root: Path, pattern: str) -> list[Path]:
@@ -796,7 +799,7 @@ def find_files(root: Path, pattern: str) -> list[Path]:
 
 
 def open_shards(s: Settings, pattern: str, name: str) -> list[TokenShard]:
-    """All shards that match a setting's pattern, each header checked. Raises UserError where there is none."""
+    """The shards that match a setting's pattern, each header checked. Raises UserError where none does."""
     root = Path(s.data_path or HERE)
     paths = find_files(root, pattern)
     if not paths:
@@ -819,9 +822,9 @@ class DocumentWalk:
     The state is a plain pair of numbers, (shard, document), that can be saved and put back.
     """
 
-    def __init__(self, shards: list[TokenShard], max_piece_tokens: int):
-        self.shards, self.max_piece_tokens = shards, max_piece_tokens
-        self.position = (0, 0)
+    def __init__(self, shards: list[TokenShard], max_piece_tokens: int, epochs: int = 1):
+        self.shards, self.max_piece_tokens, self.epochs = shards, max_piece_tokens, epochs
+        self.position = (0, 0)  # a shard's number goes on counting from pass to pass
 
     def next_slot(self, num_tokens: int) -> list[Piece] | None:
         """Pieces that fill `num_tokens` + 1 tokens (targets are shifted by one); None where the shards end.
@@ -831,15 +834,15 @@ class DocumentWalk:
         """
         (shard, document), missing, pieces = self.position, num_tokens + 1, []
         while missing:
-            if shard == len(self.shards):
+            if shard == self.epochs * len(self.shards):
                 return None
-            starts = self.shards[shard].starts
+            starts = self.shards[shard % len(self.shards)].index()
             if document == len(starts) - 1:
                 shard, document = shard + 1, 0
                 continue
             start = int(starts[document])
             length = min(int(starts[document + 1]) - start, self.max_piece_tokens, missing)
-            pieces.append(Piece(shard, start, start + length))
+            pieces.append(Piece(shard % len(self.shards), start, start + length))
             missing, document = missing - length, document + 1
         self.position = (shard, document)
         return pieces
@@ -852,31 +855,33 @@ class DataPlan(NamedTuple):
     tokens_used: int
     tokens_dropped: int  # rests of cut documents, and what stands before a shard's first BOS
     most_pieces: int  # in any slot
+    passes: int  # over the shards, the last one begun
 
     def __str__(self):
         passed = self.tokens_used + self.tokens_dropped
-        return (f"{self.steps_fed:,} steps take {self.tokens_used:,} tokens; {self.tokens_dropped:,} more "
-                f"({self.tokens_dropped / max(passed, 1):.1%} of those passed) are rests of cut documents, dropped")
+        return (f"{self.steps_fed:,} steps take {self.tokens_used:,} tokens and drop {self.tokens_dropped:,} "
+                f"({self.tokens_dropped / max(passed, 1):.1%}), the rests of cut documents, in {self.passes} "
+                f"pass{'es' * (self.passes > 1)}")
 
 
-def plan_data(shards: list[TokenShard], batch: BatchPlan, steps: int, max_piece_tokens: int) -> DataPlan:
-    """Walk all planned steps over the document index alone. Indexes, and so checks, each shard it comes to."""
-    walk, used, most, fed = DocumentWalk(shards, max_piece_tokens), 0, 0, 0
-    position = walk.position
-    for step in range(steps):
+def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataPlan:
+    """Walk all planned steps over the document index. Indexes, and so checks, each shard that it comes to."""
+    walk, used, most, fed = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0, 0, 0
+    shard, document = walk.position
+    for step in range(s.num_iterations):
         slots = [walk.next_slot(batch.slot_tokens) for _ in range(batch.slots)]
         if None in slots:
             break
-        fed, position = step + 1, walk.position
+        fed, (shard, document) = step + 1, walk.position
         most = max(most, *map(len, slots))
         used += batch.slots * (batch.slot_tokens + 1)
-    shard, document = position
-    passed = sum(x.num_tokens for x in shards[:shard]) + (int(shards[shard].starts[document]) if fed else 0)
-    return DataPlan(fed, used, passed - used, most)
+    passed = sum(shards[i % len(shards)].num_tokens for i in range(shard))
+    passed += int(shards[shard % len(shards)].index()[document]) if document else 0
+    return DataPlan(fed, used, passed - used, most, -(-(shard + (document > 0)) // len(shards)))
 
 
 def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataPlan]:
-    """Training shards, validation tokens (val_tokens + 1,) and plan, or UserError with what is wrong with them."""
+    """Training shards, validation tokens (val_tokens + 1,) and plan. Raises UserError for what is wrong."""
     shards = open_shards(s, s.train_files, "TRAIN_FILES")
     val_shards = open_shards(s, s.val_files, "VAL_FILES")
     available, needed = sum(x.num_tokens for x in val_shards), s.val_tokens + 1
@@ -884,15 +889,15 @@ def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndar
         raise UserError(f"VAL_FILES: expected at least VAL_TOKENS + 1 = {needed:,} tokens in "
                         f"{val_shards[0].path.parent}, found {available:,}; lower VAL_TOKENS or add shards.")
     for shard in val_shards:
-        shard.starts  # checks its tokens
-    val_tokens = np.concatenate([x.tokens for x in val_shards])[:needed] if len(val_shards) > 1 else val_shards[0].tokens[:needed]
-    plan = plan_data(shards, batch, s.num_iterations, s.max_piece_tokens)
+        shard.index()
+    val_tokens = np.concatenate([x.tokens[:needed] for x in val_shards])[:needed]
+    plan = plan_data(shards, batch, s)
     if plan.steps_fed < s.num_iterations:
         have = sum(x.num_tokens for x in shards)
         raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
-                        f"{s.batch_tokens:,} tokens, found {have:,} tokens in {len(shards)} shards, which feed "
-                        f"{plan.steps_fed} steps; lower NUM_ITERATIONS or add shards "
-                        f"(FineWeb: python data/cached_fineweb10B.py {len(shards) + 1} or more).")
+                        f"{s.batch_tokens:,} tokens, found {have:,} tokens in {len(shards)} shards, which "
+                        f"feed {plan.steps_fed} steps; lower NUM_ITERATIONS, raise EPOCHS={s.epochs}, or add "
+                        f"shards (FineWeb: python data/cached_fineweb10B.py {len(shards) + 1} or more).")
     return shards, val_tokens, plan
 
 
@@ -909,14 +914,15 @@ def make_batch(tokens: np.ndarray, starts, length: int, device: torch.device) ->
     num_tokens = len(tokens) - 1
     cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
     cu_seqlens[:len(starts)] = starts
-    parts = [torch.from_numpy(x) for x in (tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens)]
+    arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
+    parts = [torch.from_numpy(x) for x in arrays]
     if device.type == "cuda":  # pinned, so that the copy does not wait for the device
         parts = [x.pin_memory().to(device, non_blocking=True) for x in parts]
     return Batch(*parts)
 
 
 def cu_seqlens_length(num_tokens: int, most_pieces: int) -> int:
-    """S: room for a piece every 300 tokens, in steps of 128 so that shapes stay static; more where data need it."""
+    """S: room for a piece every 300 tokens, in steps of 128 (shapes stay static); more where data need it."""
     return round_up(max(num_tokens // 300, most_pieces + 1), 128)
 
 
@@ -925,7 +931,8 @@ class TrainLoader:
 
     def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataPlan, rank: int,
                  device: torch.device):
-        self.walk, self.batch, self.rank, self.device = DocumentWalk(shards, s.max_piece_tokens), batch, rank, device
+        self.walk = DocumentWalk(shards, s.max_piece_tokens, s.epochs)
+        self.batch, self.rank, self.device = batch, rank, device
         self.length = cu_seqlens_length(batch.slot_tokens, plan.most_pieces)
 
     def next_batch(self) -> Batch:
@@ -955,7 +962,7 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
 
 
 def lr_scale(step: int, s: Settings) -> float:
-    """Factor of every learning rate: 1, then linear from 1 down to final_lr_frac over the last cooldown_frac."""
+    """Factor of every learning rate: 1, then linear down to final_lr_frac over the last cooldown_frac."""
     left = (s.num_iterations - step) / s.num_iterations
     if left > s.cooldown_frac or s.cooldown_frac == 0:
         return 1.0
@@ -969,7 +976,7 @@ def muon_momentum(step: int, s: Settings) -> float:
 
 
 def attention_windows(step: int, s: Settings) -> tuple[int, int]:
-    """(long, short) attention windows in tokens; the last step that only validates is numbered num_iterations."""
+    """(long, short) attention windows in tokens; step num_iterations, after the last, only validates."""
     stages = parse_numbers(s.window_schedule)
     stage = stages[len(stages) * step // (s.num_iterations + 1)]
     return stage * s.window_block, stage // 2 * s.window_block
@@ -981,7 +988,7 @@ def window_steps(s: Settings) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Run: process group, log, clock, warm-up, validation, training, main
+# Run: processes and device, clock, log, warm-up, validation, training, main
 
 
 class World(NamedTuple):
@@ -994,18 +1001,19 @@ class World(NamedTuple):
 
     @classmethod
     def from_environ(cls, environ) -> "World":
-        """As torchrun says; a single process where it says nothing. Raises UserError for half of a description."""
+        """As torchrun says; one process where it says nothing. Raises UserError for half a description."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         given = [name for name in names if environ.get(name)]
         if not given:
             return cls(0, 1, 0, 1)
         try:
             world = cls(*(int(environ[name]) for name in names))
+            sane = 0 <= world.local_rank < world.local_size <= world.size and 0 <= world.rank < world.size
         except (KeyError, ValueError):
-            world = cls(-1, 0, -1, 0)
-        if not (0 <= world.local_rank < world.local_size <= world.size and world.local_rank <= world.rank < world.size):
+            sane = False
+        if not sane:
             found = ", ".join(f"{name}={environ[name]}" for name in given)
-            raise UserError(f"{', '.join(names)}: expected all of them, as torchrun sets them, or none of them, "
+            raise UserError(f"{', '.join(names)}: expected all of them, as torchrun sets them, or none, "
                             f"found {found}.", exit_code=2)
         return world
 
@@ -1013,17 +1021,13 @@ class World(NamedTuple):
 def choose_device(s: Settings, world: World) -> tuple[torch.device, str]:
     """The device of this process and the reason. Raises UserError where DEVICE=cuda cannot be met."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reason = "as DEVICE says" if s.device != "auto" else f"{'a' if gpus else 'no'} CUDA GPU is here"
     if s.device == "cpu" or (s.device == "auto" and not gpus):
-        return torch.device("cpu"), "as DEVICE says" if s.device == "cpu" else "no CUDA GPU here"
+        return torch.device("cpu"), reason
     if world.local_size > gpus:
-        raise UserError(f"DEVICE: expected a CUDA GPU for each of {world.local_size} processes here, found {gpus}; "
-                        "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
-    return torch.device("cuda", world.local_rank), "as DEVICE says" if s.device == "cuda" else "a CUDA GPU is here"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        raise UserError(f"DEVICE: expected a CUDA GPU for each of {world.local_size} processes here, found "
+                        f"{gpus}; start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
+    return torch.device("cuda", world.local_rank), reason
 
 
 class Clock:
@@ -1032,66 +1036,70 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device, self.total, self.started = device, 0.0, None
 
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def start(self) -> None:
-        synchronize(self.device)
-        self.started = time.perf_counter()
+        self.started = self.now()
 
     def stop(self) -> None:
-        synchronize(self.device)
-        self.total, self.started = self.total + time.perf_counter() - self.started, None
+        self.total, self.started = self.total + self.now() - self.started, None
 
     def milliseconds(self) -> float:
-        running = time.perf_counter() - self.started if self.started is not None else 0.0
+        """Training time so far. Does not wait for the device while the clock runs."""
+        running = 0.0 if self.started is None else time.perf_counter() - self.started
         return 1000 * (self.total + running)
 
 
 class Log:
-    """Rank 0's voice: a file with everything, and the console with the rest of it; silent on other ranks.
+    """Rank 0's voice: a file that gets every line, and the console; silent on the other ranks.
 
-    On a terminal, a step moves one live progress line; in a pipe, it prints its line.
+    On a terminal the steps move one live progress line; in a pipe each prints its line.
     """
 
-    def __init__(self, s: Settings, batch: BatchPlan, rank: int):
-        self.settings, self.batch, self.file, self.bar = s, batch, None, None
-        self.pending, self.val_loss = None, math.nan
+    def __init__(self, s: Settings, rank: int):
+        self.settings, self.file, self.bar, self.pending, self.val_loss = s, None, None, None, math.nan
         if rank:
             return
-        folder = Path(s.log_dir)
-        self.path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
+        self.path = Path(s.log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "x", encoding="utf-8")
         except OSError as error:
             raise UserError(f"LOG_DIR: expected a folder to write logs in, found {s.log_dir!r} with: "
                             f"{error.strerror}; set LOG_DIR to another.") from None
+        print(f"log: {self.path}", flush=True)
 
-    def write(self, text: str, console: bool = True) -> None:
+    def write(self, *lines: str, console: bool = True) -> None:
         if self.file is None:
             return
-        print(text, file=self.file, flush=True)
-        if not console:
-            return
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        for line in lines:
+            print(line, file=self.file, flush=True)
+            if console and self.bar is not None:
+                self.bar.write(line, file=sys.stdout)
+            elif console:
+                print(line, flush=True)
 
     def open_bar(self) -> None:
+        """From here on, steps are shown on one live line, if rank 0 has a terminal."""
         if self.file is not None and sys.stdout.isatty():
             from tqdm import tqdm  # only where there is a terminal to draw on
 
-            self.bar = tqdm(total=self.settings.num_iterations, file=sys.stdout, dynamic_ncols=True, leave=False,
-                            bar_format="{n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left")
+            shape = "step {n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"
+            self.bar = tqdm(total=self.settings.num_iterations, file=sys.stdout, dynamic_ncols=True,
+                            bar_format=shape, leave=False)
 
     def times(self, step: int, clock: Clock) -> str:
         elapsed = clock.milliseconds()
         return f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms"
 
-    def step(self, step: int, loss: Tensor, ready: Callable[[], None], clock: Clock) -> None:
-        """Note that `step` steps are enqueued; write the line of the one before, whose loss is by now there.
+    def step(self, step: int, loss: Tensor, ready: Callable[[], object], clock: Clock) -> None:
+        """Note that `step` steps are enqueued, and write the line of the one before.
 
-        `loss` is the mean over the batch once `ready` has returned. Waiting one step behind keeps the
-        device busy. On the CPU nothing is enqueued, and the line comes at once.
+        The loss, a mean over the batch, is there once `ready` has returned. To wait for it one step late
+        keeps a GPU busy meanwhile. On the CPU nothing is enqueued, so the line is written at once.
         """
         self.flush(clock)
         self.pending = (step, loss, ready)
@@ -1099,72 +1107,73 @@ class Log:
             self.flush(clock)
 
     def flush(self, clock: Clock) -> None:
+        """Write the line that is still to come, if there is one."""
         if self.pending is None:
             return
         (step, loss, ready), self.pending = self.pending, None
         ready()
         if self.file is None:
             return
-        train_loss, times = loss.item(), self.times(step, clock)
-        line = f"step:{step}/{self.settings.num_iterations} {times} train_loss:{train_loss:.4f}"
-        self.write(line, console=self.bar is None)
+        loss, s = loss.item(), self.settings
+        self.write(f"step:{step}/{s.num_iterations} {self.times(step, clock)} train_loss:{loss:.4f}",
+                   console=self.bar is None)
         if self.bar is not None:
             average = clock.milliseconds() / step
-            self.bar.set_postfix_str(f"train {train_loss:.3f}, val {self.val_loss:.3f}, {average:.0f} ms/step, "
-                                     f"{1000 * self.settings.batch_tokens / average:,.0f} tokens/s", refresh=False)
+            self.bar.set_postfix_str(f"train {loss:.3f}, val {self.val_loss:.3f}, {average:.0f} ms/step, "
+                                     f"{1000 * s.batch_tokens / average:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
 
     def validation(self, step: int, val_loss: float, clock: Clock) -> None:
         self.val_loss = val_loss
-        self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {self.times(step, clock)}")
+        times = self.times(step, clock)
+        self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {times}")
 
     def result(self, step: int, val_loss: float, clock: Clock) -> None:
-        """The run's last words, first for people, then for programs."""
+        """The run's last words, for people and for programs."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         s, reached = self.settings, val_loss <= self.settings.target_loss
-        self.write(f"{'target reached' if reached else 'target not reached'}: validation loss {val_loss:.4f} against "
+        self.write(f"target {'' if reached else 'not '}reached: validation loss {val_loss:.4f}, target "
                    f"{s.target_loss:g}, at step {step} of {s.num_iterations}, after "
-                   f"{clock.milliseconds() / 1000:.1f} s of training")
-        self.write(f"target_reached:{int(reached)} target_loss:{s.target_loss:g} val_loss:{val_loss:.4f} "
-                   f"step:{step} {self.times(step, clock)}")
-        if clock.device.type == "cuda":  # the CPU's allocator keeps no such count
-            self.write(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                       f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+                   f"{clock.milliseconds() / 1000:.1f} s of training",
+                   f"target_reached:{int(reached)} target_loss:{s.target_loss:g} val_loss:{val_loss:.4f} "
+                   f"final_step:{step} {self.times(step, clock)}",
+                   f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
         if self.file is not None:
             print(f"log: {self.path}", flush=True)
 
 
-def command_output(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a program prints, or None where it is missing or fails."""
     try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def describe_environment(device: torch.device) -> list[str]:
-    """What, besides source and settings, it takes to run this again. No environment variable is read."""
+    """What, besides source and settings, it takes to run this again. No environment variable is shown."""
     try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
+        triton_version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         triton_version = "none"
-    commit = command_output("git", "rev-parse", "HEAD")
-    changed = command_output("git", "status", "--porcelain", "--untracked-files=no")
-    lines = [f"Python {sys.version}", f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton_version}",
-             f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads a process",
-             f"git commit: {commit or 'none'}{' with local changes' if changed else ''}"]
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    lines = [f"Python {sys.version}",
+             f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton_version}",
+             f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+             f"git commit: {output_of('git', 'rev-parse', 'HEAD') or 'none'}" + ", changed" * bool(changed)]
     if device.type == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        lines += [f"GPUs of this node: {', '.join(names)}", command_output("nvidia-smi") or "nvidia-smi: not found"]
+        lines += [f"GPUs of this node: {', '.join(names)}", output_of("nvidia-smi") or "no nvidia-smi"]
     return lines
 
 
 def describe_settings(s: Settings, overrides: dict[str, str]) -> list[str]:
-    return [f"{f.name}: {getattr(s, f.name)!r}{'  (overridden)' if f.name in overrides else ''}" for f in fields(s)]
+    marks = {name: "  (overridden)" for name in overrides}
+    return [f"{f.name}: {getattr(s, f.name)!r}{marks.get(f.name, '')}" for f in fields(s)]
 
 
 def describe_model(s: Settings) -> str:
@@ -1172,65 +1181,67 @@ def describe_model(s: Settings) -> str:
     with torch.device("meta"):
         model = GPT(s, choose_kernels(torch.device("meta"))[0])
     counts = {name: p.numel() for name, p in model.named_parameters()}
-    return (f"parameters: {sum(counts.values()):,} = " + " + ".join(f"{n:,} {name}" for name, n in counts.items()))
+    groups = " + ".join(f"{count:,} {name}" for name, count in counts.items())
+    return f"parameters: {sum(counts.values()):,} = {groups}"
 
 
 def describe_data(shards: list[TokenShard], plan: DataPlan, s: Settings) -> str:
-    return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {sum(x.num_tokens for x in shards):,} available "
-            f"in {len(shards)} shard{'s' * (len(shards) > 1)}; {plan}")
+    available = sum(shard.num_tokens for shard in shards)
+    return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {available:,} available in "
+            f"{len(shards)} shard{'s' * (len(shards) > 1)}; {plan}")
 
 
-def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings, batch: BatchPlan) -> None:
-    """Untimed steps at every window size, on real batches; then parameters, optimizer state and loader are put back.
+def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings):
+    """One optimizer step. Returns the batch's mean loss, and a function that waits until it is there."""
+    losses = []
+    for _ in range(loader.batch.per_rank):
+        loss = forward(*loader.next_batch(), attention_windows(step, s))
+        loss.backward()
+        losses.append(loss.detach())
+    mean = torch.stack(losses).sum() / s.batch_tokens
+    work = dist.all_reduce(mean, async_op=True) if loader.batch.world_size > 1 else None
+    optimizer_step(optimizers, lr_scale=lr_scale(step, s), momentum=muon_momentum(step, s))
+    return mean, (work.wait if work else lambda: None)
+
+
+def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -> None:
+    """Untimed steps at every window size, on real batches; then parameters, state and loader are put back.
 
     Raises RuntimeError if anything is not bit for bit what it was.
     """
     if not s.warmup_steps:
         return
-    tensors = [*model.parameters(), *(x for o in optimizers for shard in o.shards for x in shard.state.values())]
-    before, position = [x.detach().clone() for x in tensors], loader.walk.position
-    stages = window_steps(s)
+    states = [state for o in optimizers for shard in o.shards for state in shard.state.values()]
+    tensors = [*(p.data for p in model.parameters()), *states]
+    before, position, stages = [x.clone() for x in tensors], loader.walk.position, window_steps(s)
     for i in range(max(s.warmup_steps, len(stages))):
-        train_step(forward, optimizers, loader, stages[i % len(stages)], s, batch)
+        train_step(forward, optimizers, loader, stages[i % len(stages)], s)
         loader.walk.position = position
-    with torch.no_grad():
-        for x, kept in zip(tensors, before):
-            x.copy_(kept)
+    for x, kept in zip(tensors, before):
+        x.copy_(kept)
     if not all(torch.equal(x, kept) for x, kept in zip(tensors, before)):
         raise RuntimeError("the warm-up did not put the state back; this is an error in train_gpt.py")
 
 
 @torch.no_grad()
 def validate(model: GPT, forward, val_tokens: np.ndarray, s: Settings, world: World, step: int) -> float:
-    """Mean loss over all validation tokens, from this model on every rank; the same number on each."""
-    device = model.embed.device
+    """Mean loss over all validation tokens, each counted once; the same number on every rank."""
+    device = model.scalars.device
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     model.eval()
     for number, batch in validation_batches(val_tokens, s, world.rank, world.size, device):
         losses[number] = forward(*batch, attention_windows(step, s))
     model.train()
-    if world.size > 1:  # each slice is a number on one rank and zero on the others: the sum is exact
+    if world.size > 1:  # a slice's loss is a number on one rank and zero on the others: the sum is exact
         dist.all_reduce(losses)
     return losses.double().mean().item()
 
 
-def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings, batch: BatchPlan):
-    """One optimizer step. Returns the batch's mean loss, and a function that waits until it is there."""
-    losses = []
-    for _ in range(batch.per_rank):
-        loss = forward(*loader.next_batch(), attention_windows(step, s))
-        loss.backward()
-        losses.append(loss.detach())
-    mean = torch.stack(losses).sum() / s.batch_tokens
-    work = dist.all_reduce(mean, async_op=True) if batch.world_size > 1 else None
-    optimizer_step(optimizers, lr_scale=lr_scale(step, s), momentum=muon_momentum(step, s))
-    return mean, (work.wait if work else lambda: None)
-
-
 def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings,
-          batch: BatchPlan, world: World, log: Log) -> None:
+          world: World, log: Log) -> None:
     """The race: train and validate until the target or the last step, on a clock that validation stops."""
-    clock = Clock(model.embed.device)
+    clock = Clock(model.scalars.device)
+    log.open_bar()
     clock.start()
     for step in range(s.num_iterations + 1):
         last_step = step == s.num_iterations
@@ -1242,7 +1253,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
             if last_step or val_loss <= s.target_loss:
                 break
             clock.start()
-        loss, ready = train_step(forward, optimizers, loader, step, s, batch)
+        loss, ready = train_step(forward, optimizers, loader, step, s)
         log.step(step + 1, loss, ready, clock)
     log.result(step, val_loss, clock)
 
@@ -1253,92 +1264,58 @@ def ensure_demo_data(s: Settings) -> None:
     if s.train_files != PRESETS["demo"]["train_files"] or find_files(root, s.train_files):
         return
     command = [sys.executable, str(HERE / "data" / "demo_corpus.py"), str(root / DEMO_DATA)]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        raise UserError(f"{root / DEMO_DATA}: expected data/demo_corpus.py to build the demo's shards, found: "
-                        + (result.stderr.strip().splitlines() or ["nothing said"])[-1])
-
-
-def parse_arguments(argv) -> argparse.Namespace:
-    """The command line; --help lists the settings from the dataclass."""
-    rows = []
-    for f in fields(Settings):
-        demo = PRESETS["demo"].get(f.name, f.default)
-        default = f"{f.default!r}" + (f" (demo: {demo!r})" if demo != f.default else "")
-        rows.append(f"  {f.name.upper()}\n      default {default}; {f.metadata['unit']}{': ' * bool(f.metadata['unit'])}"
-                    f"{f.metadata['meaning']}")
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a GPT-2-sized model to a target validation loss in the least wall-clock time.",
-        epilog="settings, from the environment:\n  PRESET\n      speedrun or demo; left out: speedrun where there are a "
-               "CUDA GPU and FineWeb shards, else demo\n" + "\n".join(rows))
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, check its data, and stop")
-    parser.add_argument("--nproc", action="store_true",
-                        help="check settings and data, print the number of processes for this machine, and stop")
-    return parser.parse_args(argv)
+        said = (result.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise UserError(f"{root / DEMO_DATA}: expected data/demo_corpus.py to build shards, found: {said}")
 
 
 def planned_world_size(s: Settings, device: torch.device, environ) -> int:
     """How many processes run.sh starts: NPROC, or as many as GPUs and batch allow. Raises UserError."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    asked = environ.get("NPROC") or largest_world_size(s, gpus)
-    try:
-        world_size = int(asked)
-    except ValueError:
-        world_size = 0
-    if world_size < 1 or (gpus and world_size > gpus):
-        raise UserError("NPROC: expected a whole number of at least 1" + f" and at most {gpus} (GPUs)" * bool(gpus)
-                        + f", found {asked!r}.", exit_code=2)
-    return world_size
+    asked = environ.get("NPROC") or str(largest_world_size(s, gpus))
+    if not asked.isdecimal() or int(asked) < 1 or (gpus and int(asked) > gpus):
+        most = f" and at most {gpus}, one a GPU" if gpus else ""
+        raise UserError(f"NPROC: expected a whole number of at least 1{most}, found {asked!r}.", exit_code=2)
+    return int(asked)
 
 
-def plan_only(args: argparse.Namespace) -> None:
-    """--dry-run and --nproc: everything that can be found out before a process is started or a GPU is used."""
-    preset, why_preset = choose_preset(os.environ)
-    s, overrides = resolve_settings(os.environ, preset)
+def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: bool) -> None:
+    """--dry-run and --nproc: all that can be found out before processes are started and a GPU is used."""
     device, why_device = choose_device(s, World(0, 1, 0, 1))
-    world_size = planned_world_size(s, device, os.environ)
-    batch = plan_batch(s, world_size)
-    if args.nproc:
-        print(why_preset, file=sys.stderr)
-        ensure_demo_data(s)
-        check_data(s, batch)
-        print(world_size)
-        return
-    print(why_preset, f"device: {device.type}, {why_device}", "settings:", sep="\n")
-    print(*("  " + line for line in describe_settings(s, overrides)), sep="\n")
-    print(f"overridden: {', '.join(name.upper() for name in overrides) or 'nothing'}", f"batch: {batch}",
-          describe_model(s), sep="\n", flush=True)
+    batch = plan_batch(s, planned_world_size(s, device, os.environ))
+    if dry_run:
+        print(why_preset, f"device: {device.type}, {why_device}", "settings:", sep="\n")
+        print(*("  " + line for line in describe_settings(s, overrides)), sep="\n")
+        print(f"overridden: {', '.join(name.upper() for name in overrides) or 'nothing'}", f"batch: {batch}",
+              describe_model(s), sep="\n", flush=True)
     ensure_demo_data(s)
     shards, _, plan = check_data(s, batch)
-    print(describe_data(shards, plan, s))
+    print(describe_data(shards, plan, s) if dry_run else batch.world_size)
 
 
-def run(world: World) -> None:
-    """From the environment to the end of the race. Raises UserError for what the user can put right."""
-    preset, why_preset = choose_preset(os.environ)
-    s, overrides = resolve_settings(os.environ, preset)
+def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> None:
+    """From settings to the end of the race. Raises UserError for what the user can put right."""
     device, why_device = choose_device(s, world)
     batch = plan_batch(s, world.size)
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     if world.size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if world.local_rank == 0:
         ensure_demo_data(s)
     if world.size > 1:
         dist.barrier()
     shards, val_tokens, plan = check_data(s, batch)
 
-    log = Log(s, batch, world.rank)
+    log = Log(s, world.rank)
     kernels, why_kernels = choose_kernels(device)
-    log.write((HERE / "train_gpt.py").read_text(encoding="utf-8"), console=False)
-    for line in ("=" * 100, *describe_environment(device), *describe_settings(s, overrides), "=" * 100):
-        log.write(line, console=False)
-    for line in (why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
-                 describe_model(s), describe_data(shards, plan, s)):
-        log.write(line)
+    line = "=" * 100
+    log.write((HERE / "train_gpt.py").read_text(encoding="utf-8"), line, *describe_environment(device), line,
+              *describe_settings(s, overrides), line, console=False)
+    log.write(why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
+              describe_model(s), describe_data(shards, plan, s))
 
     model = GPT(s, kernels)
     init_weights(model, s.seed)
@@ -1349,19 +1326,45 @@ def run(world: World) -> None:
     optimizers = make_optimizers(model, s, world.rank, world.size)
     loader = TrainLoader(shards, s, batch, plan, world.rank, device)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if s.torch_compile else model
-    warm_up(model, forward, optimizers, loader, s, batch)
-    train(model, forward, optimizers, loader, val_tokens, s, batch, world, log)
+    warm_up(model, forward, optimizers, loader, s)
+    train(model, forward, optimizers, loader, val_tokens, s, world, log)
+
+
+def parse_arguments(argv) -> argparse.Namespace:
+    """The command line; --help lists the settings from the dataclass."""
+    rows = ["settings, from the environment:",
+            "PRESET\n      speedrun | demo: left out, speedrun with a CUDA GPU and FineWeb shards, else demo",
+            "NPROC\n      processes that run.sh starts: left out, what GPUs and batch allow, 1 on a CPU"]
+    for f in fields(Settings):
+        demo = PRESETS["demo"].get(f.name, f.default)
+        default = f"default {f.default!r}" + (f", in the demo {demo!r}" if demo != f.default else "")
+        choices = f.metadata["choices"] and " | ".join(f.metadata["choices"])
+        about = ": ".join(part for part in (choices, f.metadata["unit"], f.metadata["meaning"]) if part)
+        rows.append(f"{f.name.upper()}\n      {about}\n      {default}")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n  ".join(rows),
+        description="Train a GPT-2-sized model to a target validation loss in the least wall-clock time.")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, check data, and stop")
+    parser.add_argument("--nproc", action="store_true",
+                        help="check settings and data, print how many processes to start, and stop")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0, 2 for wrong settings, 1 for anything else that the user can put right."""
     args = parse_arguments(argv)
-    world = None
+    speaks = True
     try:
         world = World.from_environ(os.environ)
-        plan_only(args) if args.dry_run or args.nproc else run(world)
+        speaks = world.local_rank == 0  # all ranks of a node find the same
+        preset, why_preset = choose_preset(os.environ)
+        s, overrides = resolve_settings(os.environ, preset)
+        if args.dry_run or args.nproc:
+            plan_only(s, overrides, why_preset, args.dry_run)
+        else:
+            run(s, overrides, why_preset, world)
     except UserError as error:
-        if world is None or world.local_rank == 0:  # all ranks of a node find the same
+        if speaks:
             print(error, file=sys.stderr)
         return error.exit_code
     finally:

@@ -37,7 +37,9 @@ def read_source(path: Path) -> bytes | None:
 def standard_library() -> dict[str, bytes]:
     """Source texts by path below the library's folder, in path order, empty ones left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(path.relative_to(root) for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata"))
+    names = sorted(
+        path.relative_to(root) for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata")
+    )
     texts = {name.as_posix(): read_source(root / name) for name in names if not LEFT_OUT & set(name.parts)}
     return {name: text for name, text in texts.items() if text}
 
@@ -60,24 +62,37 @@ def write_shard(path: Path, documents: list[bytes]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path,
-                        default=Path(__file__).resolve().parent / f"stdlib-{platform.python_version()}")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=Path(__file__).resolve().parent / f"stdlib-{platform.python_version()}",
+    )
     folder = parser.parse_args().folder
     texts = list(standard_library().values())
     if len(texts) < 2 * HELD_OUT:
-        print(f"{sysconfig.get_paths()['stdlib']}: expected the standard library's source texts, found {len(texts)}; "
-              "use a Python that carries them.", file=sys.stderr)
+        print(
+            f"{sysconfig.get_paths()['stdlib']}: expected the standard library's source texts, found {len(texts)}; "
+            "use a Python that carries them.",
+            file=sys.stderr,
+        )
         return 1
     held_out, training = texts[::HELD_OUT], [text for i, text in enumerate(texts) if i % HELD_OUT]
     shuffle = random.Random(0).shuffle
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, documents in (("val_000000", held_out), ("train_000001", training)):  # training last: it says done
+        for name, documents in (
+            ("val_000000", held_out),
+            ("train_000001", training),
+        ):  # training last: it says done
             shuffle(documents)
             count = write_shard(folder / f"stdlib_{name}.bin", documents)
             print(f"{folder / f'stdlib_{name}.bin'}: {len(documents)} documents, {count:,} tokens")
     except OSError as error:
-        print(f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}.", file=sys.stderr)
+        print(
+            f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -1,0 +1,467 @@
+"""Shards, the packing of documents into training batches, and validation."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, random_documents, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+
+CPU = torch.device("cpu")
+BOS = SMALL["bos_id"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Shards that are wrong, and data that do not suffice
+
+
+@pytest.fixture
+def data(small, tmp_path):
+    """Settings whose patterns match one good training shard and one good validation shard in tmp_path."""
+    write_shard(tmp_path / "train_0.bin", np.concatenate(random_documents(1, 200)))
+    write_shard(tmp_path / "val_0.bin", np.concatenate(random_documents(2, 40)))
+    return replace(small, train_files=str(tmp_path / "train_*.bin"), val_files=str(tmp_path / "val_*.bin"))
+
+
+def complaint(s):
+    with pytest.raises(train_gpt.UserError) as error:
+        train_gpt.check_data(s, train_gpt.plan_batch(s, 1))
+    assert error.value.exit_code == 1
+    return str(error.value)
+
+
+def header_cut(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def token_lost(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def tokens_behind(path):
+    path.write_bytes(path.read_bytes() + bytes(6))
+
+
+def half_a_token_behind(path):
+    path.write_bytes(path.read_bytes() + bytes(1))
+
+
+GOOD = [BOS, 1, 2, 3]
+WRONG = {  # what is done to a shard, and what the message must say was expected and found
+    "empty file": (lambda path: path.write_bytes(b""), "1024 bytes", "0 bytes"),
+    "header cut": (header_cut, "1024 bytes", "500 bytes"),
+    "wrong magic": (lambda path: write_shard(path, GOOD, magic=20240521), "20240520", "20240521"),
+    "wrong version": (lambda path: write_shard(path, GOOD, version=2), "version 1", "version 2"),
+    "count too large": (lambda path: write_shard(path, GOOD, count=104), "1,232 bytes", "1,032 bytes"),
+    "count too small": (lambda path: write_shard(path, GOOD, count=3), "1,030 bytes", "1,032 bytes"),
+    "a token lost": (lambda path: (write_shard(path, GOOD), token_lost(path)), "1,032 bytes", "1,030 bytes"),
+    "tokens behind": (
+        lambda path: (write_shard(path, GOOD), tokens_behind(path)),
+        "1,032 bytes",
+        "1,038 bytes",
+    ),
+    "odd byte count": (
+        lambda path: (write_shard(path, GOOD), half_a_token_behind(path)),
+        "1,032 bytes",
+        "1,033 bytes",
+    ),
+    "no tokens": (lambda path: write_shard(path, []), "", ""),
+    "token beyond the vocabulary": (
+        lambda path: write_shard(path, [BOS, 1, 2, 50]),
+        "VOCAB_SIZE=50",
+        "50 at token 3",
+    ),
+    "several tokens beyond it": (
+        lambda path: write_shard(path, [BOS, 1, 55, 2, 60]),
+        "VOCAB_SIZE=50",
+        "55 at token 2",
+    ),
+    "no BOS": (lambda path: write_shard(path, [1, 2, 3]), "BOS_ID=49", "not one"),
+}
+
+
+@pytest.mark.parametrize("file", ["train_0.bin", "val_0.bin"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_shard_is_named_with_what_was_expected_and_found_and_a_remedy(data, tmp_path, wrong, file):
+    spoil, expected, found = WRONG[wrong]
+    spoil(tmp_path / file)
+    if file.startswith("val"):  # enough tokens behind it, so that only the shard is wrong
+        write_shard(tmp_path / "val_1.bin", np.concatenate(random_documents(3, 40)))
+    text = complaint(data)
+    assert text.startswith(f"{tmp_path / file}: expected ")
+    assert text.endswith("; delete it and make it again.")
+    said_expected, said_found = text.split(": expected ", 1)[1].split(", found ")
+    assert expected in said_expected and found in said_found
+    assert said_expected.split(", ")[0] not in said_found, "it found what it expected"
+
+
+@pytest.mark.parametrize("setting, pattern", [("train_files", "none_*.bin"), ("val_files", "none_*.bin")])
+def test_a_pattern_without_a_match_is_named_with_two_remedies(data, tmp_path, setting, pattern):
+    text = complaint(replace(data, **{setting: str(tmp_path / pattern)}))
+    assert text.startswith(f"{setting.upper()}: expected token shards at {tmp_path / pattern}, found none; ")
+    assert "python data/cached_fineweb10B.py" in text and "PRESET=demo" in text
+
+
+def test_a_folder_in_a_shards_place_is_an_unreadable_shard(data, tmp_path):
+    shard = tmp_path / "train_0.bin"
+    shard.unlink()
+    shard.mkdir()
+    text = complaint(data)
+    assert text.startswith(f"{shard}: expected a readable token shard, found") and "Is a directory" in text
+    assert ";" in text, "no remedy"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_shard_without_read_permission_is_unreadable(data, tmp_path):
+    shard = tmp_path / "train_0.bin"
+    shard.chmod(0)
+    text = complaint(data)
+    assert text.startswith(f"{shard}: expected a readable token shard, found") and "Permission denied" in text
+
+
+def test_too_few_tokens_for_the_planned_steps_are_counted_before_step_0(data, tmp_path):
+    steps_fed = train_gpt.check_data(data, train_gpt.plan_batch(data, 1))[2].steps_fed
+    assert steps_fed == 6
+    write_shard(tmp_path / "train_0.bin", [BOS, *[1] * 39] * 30)  # 1,200 tokens; 16 documents a step
+    text = complaint(data)
+    assert text.startswith(
+        "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, "
+        "found 1,200 tokens in 1 shards, which feed 1 steps; "
+    )
+    assert "lower NUM_ITERATIONS, raise EPOCHS=1, or add" in text
+    train_gpt.check_data(replace(data, num_iterations=1), train_gpt.plan_batch(data, 1))
+    train_gpt.check_data(replace(data, epochs=4), train_gpt.plan_batch(data, 1))
+
+
+def test_too_few_validation_tokens_are_counted_over_all_shards(data, tmp_path):
+    write_shard(tmp_path / "val_0.bin", [BOS] * 200)
+    write_shard(tmp_path / "val_1.bin", [BOS] * 56)
+    text = complaint(data)
+    assert text.startswith("VAL_FILES: expected at least VAL_TOKENS + 1 = 257 tokens in ")
+    assert str(tmp_path) in text and "found 256; lower VAL_TOKENS or add shards." in text
+    write_shard(tmp_path / "val_1.bin", [BOS] * 57)
+    train_gpt.check_data(data, train_gpt.plan_batch(data, 1))
+
+
+def test_shards_are_taken_in_name_order_and_validation_goes_on_across_them(data, tmp_path):
+    texts = [np.concatenate(random_documents(seed, 4, longest=70)) for seed in (5, 6, 7)]
+    for name, tokens in zip(("val_2", "val_0", "val_1"), texts):
+        write_shard(tmp_path / f"{name}.bin", tokens)
+    for name in ("train_1", "train_00"):
+        write_shard(tmp_path / f"{name}.bin", texts[0])
+    shards, val_tokens, _ = train_gpt.check_data(data, train_gpt.plan_batch(data, 1))
+    assert [shard.path.name for shard in shards] == ["train_0.bin", "train_00.bin", "train_1.bin"]
+    whole = np.concatenate([texts[1], texts[2], texts[0]])
+    assert len(texts[1]) < 257 < len(whole)
+    assert val_tokens.tolist() == whole[:257].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training batches, against a packer of lists
+
+
+def pack(shards, slot_tokens, longest, epochs=1):
+    """Slots as (pieces, number of documents passed), from shards as lists of documents (lists of ids)."""
+    documents = [document for shard in shards for document in shard] * epochs
+    slots, passed = [], 0
+    while True:
+        room, pieces = slot_tokens + 1, []
+        while room and passed < len(documents):
+            piece = documents[passed][: min(longest, room)]
+            pieces, room, passed = pieces + [piece], room - len(piece), passed + 1
+        if room:
+            return slots
+        slots.append((pieces, passed))
+
+
+class Corpus:
+    """Shards on disk, given as lists of documents, with `junk` tokens before the first BOS of each."""
+
+    def __init__(self, folder, lengths, slot_tokens, longest, junk=None, **changes):
+        rng = np.random.default_rng(0)
+        draw = lambda n: rng.integers(0, BOS, size=n).tolist()
+        self.shards = [[[BOS, *draw(length - 1)] for length in shard] for shard in lengths]
+        self.junk = [draw(n) for n in junk or [0] * len(lengths)]
+        self.s = replace(
+            train_gpt.Settings(),
+            **{
+                **SMALL,
+                "batch_tokens": 8 * slot_tokens,
+                "max_piece_tokens": longest,
+                "num_iterations": 1000,
+                **changes,
+            },
+        )
+        paths = [
+            write_shard(Path(folder) / f"{i}.bin", sum(shard, junk))
+            for i, (shard, junk) in enumerate(zip(self.shards, self.junk))
+        ]
+        self.opened = [train_gpt.TokenShard(path, self.s) for path in paths]
+
+    def slots(self, slot_tokens=None):
+        slot_tokens = slot_tokens or self.s.batch_tokens // 8
+        return pack(self.shards, slot_tokens, self.s.max_piece_tokens, self.s.epochs)
+
+    def plan(self, world_size=1):
+        return train_gpt.plan_data(self.opened, train_gpt.plan_batch(self.s, world_size), self.s)
+
+    def loaders(self, world_size):
+        batch, plan = train_gpt.plan_batch(self.s, world_size), self.plan(world_size)
+        return [
+            train_gpt.TrainLoader(self.opened, self.s, batch, plan, rank, CPU) for rank in range(world_size)
+        ]
+
+    def batches(self, world_size=1):
+        """All ranks' batches of all steps, in the order of the slots."""
+        loaders = self.loaders(world_size)
+        rounds = self.plan(world_size).steps_fed * train_gpt.plan_batch(self.s, world_size).per_rank
+        return [loader.next_batch() for _ in range(rounds) for loader in loaders]
+
+
+def assert_batch_is(batch, pieces):
+    """Inputs, shifted targets and padded piece starts of one slot."""
+    tokens = sum(pieces, [])
+    num_tokens = len(tokens) - 1
+    starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
+    assert (batch.inputs.dtype, batch.targets.dtype, batch.cu_seqlens.dtype) == (
+        torch.int32,
+        torch.int64,
+        torch.int32,
+    )
+    assert batch.inputs.tolist() == tokens[:-1]
+    assert batch.targets.tolist() == tokens[1:]
+    starts = [start for start in starts if start < num_tokens]
+    assert batch.cu_seqlens.tolist() == starts + [num_tokens] * (len(batch.cu_seqlens) - len(starts))
+    assert batch.cu_seqlens[-1] == num_tokens, "no room for the last piece's end"
+
+
+# A shard is a run of document lengths several times over, so that most examples feed a step or more.
+shard_lengths = st.builds(
+    lambda lengths, times: lengths * times,
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.integers(1, 12),
+)
+corpora = st.fixed_dictionaries(
+    dict(
+        lengths=st.lists(shard_lengths, min_size=1, max_size=3),
+        slot_tokens=st.integers(1, 24),
+        longest=st.integers(1, 30),
+        epochs=st.integers(1, 3),
+    )
+)
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(corpora, st.lists(st.integers(0, 4), min_size=3, max_size=3))
+def test_batches_are_those_of_a_plain_packer_at_every_world_size(corpus, junk):
+    """Pieces start at BOS, are cut at the limit and to fit, and their rests dropped, across all shards."""
+    with TemporaryDirectory() as folder:
+        corpus = Corpus(folder, junk=junk[: len(corpus["lengths"])], **corpus)
+        expected = corpus.slots()
+        expected = expected[: len(expected) // 8 * 8]
+        for world_size in (1, 2, 4, 8):
+            found = corpus.batches(world_size)
+            assert len(found) == len(expected)
+            assert {batch.cu_seqlens.shape for batch in found} <= {(128,)}
+            for batch, (pieces, _) in zip(found, expected):
+                assert all(piece[0] == BOS for piece in pieces)
+                assert_batch_is(batch, pieces)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(corpora, st.lists(st.integers(0, 4), min_size=3, max_size=3), st.integers(1, 8))
+def test_the_plan_counts_what_the_loader_can_serve(corpus, junk, num_iterations):
+    with TemporaryDirectory() as folder:
+        corpus = Corpus(folder, junk=junk[: len(corpus["lengths"])], num_iterations=num_iterations, **corpus)
+        plan, slots = corpus.plan(), corpus.slots()
+        steps = min(num_iterations, len(slots) // 8)
+        used_slots = slots[: 8 * steps]
+        documents = [(i, document) for i, shard in enumerate(corpus.shards) for document in shard]
+        documents *= corpus.s.epochs
+        passed = documents[: used_slots[-1][1] if used_slots else 0]
+        used = sum(len(piece) for pieces, _ in used_slots for piece in pieces)
+        # of a shard that was entered, what stands before its first BOS was passed too, in every pass
+        entered = [i for n, (i, document) in enumerate(passed) if document is corpus.shards[i][0]]
+        total = sum(len(document) for _, document in passed) + sum(len(corpus.junk[i]) for i in entered)
+        assert plan.steps_fed == steps
+        assert plan.tokens_used == used == steps * 8 * (corpus.s.batch_tokens // 8 + 1)
+        assert plan.tokens_dropped == total - used
+        assert plan.most_pieces == max((len(pieces) for pieces, _ in used_slots), default=0)
+        assert plan.passes == -(-len(passed) // (len(documents) // corpus.s.epochs))
+        walk = train_gpt.DocumentWalk(corpus.opened, corpus.s.max_piece_tokens, corpus.s.epochs)
+        served = 0
+        while served < 8 * num_iterations and walk.next_slot(corpus.s.batch_tokens // 8) is not None:
+            served += 1
+        assert served // 8 == plan.steps_fed
+
+
+def check_one_world(corpus, steps):
+    expected, found = corpus.slots(), corpus.batches()
+    assert len(found) == 8 * steps
+    for batch, (pieces, _) in zip(found, expected):
+        assert_batch_is(batch, pieces)
+    return found
+
+
+def test_a_batch_goes_on_across_the_end_of_a_shard_and_loses_nothing(tmp_path):
+    """Slots of 10 + 1 tokens and documents of 5 or 6: a shard ends within a slot, another within a step."""
+    corpus = Corpus(tmp_path, [[5, 6] * 5 + [5], [6] + [5, 6] * 9, [5, 6] * 2], slot_tokens=10, longest=30)
+    check_one_world(corpus, steps=2)
+    plan = corpus.plan()
+    assert (plan.steps_fed, plan.tokens_used, plan.tokens_dropped) == (2, 176, 0)
+    assert sum(len(document) for shard in corpus.shards for document in shard) == 17 * 11
+
+
+def test_all_documents_of_all_shards_are_used_once_and_in_order(tmp_path):
+    """Where nothing needs cutting, the batches are the shards' own text."""
+    corpus = Corpus(tmp_path, [[4, 4] * 7, [8] * 2, [2] * 28], slot_tokens=7, longest=8)
+    found = check_one_world(corpus, steps=2)
+    text = sum((document for shard in corpus.shards for document in shard), [])
+    served = sum(([*batch.inputs.tolist(), batch.targets[-1].item()] for batch in found), [])
+    assert served == text[:128] and len(text) == 128
+
+
+def test_a_bos_as_last_token_of_a_shard_is_a_document_of_one_token(tmp_path):
+    corpus = Corpus(tmp_path, [[9] * 9 + [1], [8] * 14], slot_tokens=8, longest=30)
+    check_one_world(corpus, steps=2)
+    assert corpus.slots()[9][0][0] == [BOS]
+
+
+def test_a_document_longer_than_everything_gives_one_piece_and_is_gone(tmp_path):
+    corpus = Corpus(tmp_path, [[5000] + [12] * 15], slot_tokens=6, longest=30)
+    found = check_one_world(corpus, steps=2)
+    assert found[0].inputs.tolist() == corpus.shards[0][0][:6]
+    assert corpus.plan().tokens_dropped == (5000 - 7) + 15 * 5
+
+
+def test_tokens_before_a_shards_first_bos_are_in_no_batch(tmp_path):
+    corpus = Corpus(tmp_path, [[8] * 4, [8] * 4], slot_tokens=7, longest=30, junk=[3, 5])
+    found = check_one_world(corpus, steps=1)
+    assert all(batch.inputs[0] == BOS for batch in found)
+    assert corpus.plan().tokens_dropped == 8
+
+
+def test_more_pieces_than_one_in_300_tokens_still_fit(tmp_path):
+    corpus = Corpus(tmp_path, [[1] * 8 * 301], slot_tokens=300, longest=30)
+    found = check_one_world(corpus, steps=1)
+    assert {batch.cu_seqlens.shape for batch in found} == {(384,)}
+    assert corpus.plan().most_pieces == 301
+
+
+def test_as_many_pieces_as_there_is_room_for_starts_leave_room_for_the_end(tmp_path):
+    corpus = Corpus(tmp_path, [([1] * 127 + [2]) * 8], slot_tokens=128, longest=30)
+    found = check_one_world(corpus, steps=1)
+    assert all((batch.cu_seqlens < 128).sum() == 128 for batch in found)
+
+
+@pytest.mark.parametrize(
+    "slot_tokens, length", [(1_000, 128), (38_400, 128), (38_699, 128), (38_700, 256), (49_152, 256)]
+)
+def test_piece_starts_are_padded_to_a_300th_of_the_tokens_rounded_up_to_128(tmp_path, slot_tokens, length):
+    corpus = Corpus(
+        tmp_path,
+        [[slot_tokens + 1]],
+        slot_tokens,
+        longest=slot_tokens + 1,
+        microbatches=1,
+        batch_tokens=slot_tokens,
+    )
+    [batch] = corpus.batches()
+    assert batch.cu_seqlens.tolist() == [0] + [slot_tokens] * (length - 1)
+
+
+def test_sixteen_ranks_have_one_microbatch_of_half_the_length_each(tmp_path):
+    corpus = Corpus(tmp_path, [list(range(1, 41)) * 2], slot_tokens=16, longest=30)
+    plan = train_gpt.plan_batch(corpus.s, 16)
+    assert (plan.slots, plan.slot_tokens, plan.per_rank, plan.world_size) == (16, 8, 1, 16)
+    expected, found = corpus.slots(slot_tokens=8), corpus.batches(world_size=16)
+    assert len(found) == len(expected) // 16 * 16 > 16
+    for batch, (pieces, _) in zip(found, expected):
+        assert_batch_is(batch, pieces)
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 6, 7, 12])
+def test_a_world_size_that_does_not_divide_the_batch_is_refused(small, world_size):
+    with pytest.raises(train_gpt.UserError, match=f"WORLD_SIZE: expected .* found {world_size};") as error:
+        train_gpt.plan_batch(small, world_size)
+    assert error.value.exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Validation
+
+
+def validation_text():
+    """257 tokens: slices of 64 with many starts, none at all, one at 0, one at the end; and a last target."""
+    rng = np.random.default_rng(7)
+    text = rng.integers(0, BOS, size=257).astype(np.uint16)
+    text[[0, 3, 4, 5, 40]] = BOS
+    text[[128, 255, 256]] = BOS
+    return text
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_validation_token_is_counted_once_over_all_ranks(small, world_size):
+    text, batches = validation_text(), {}
+    for rank in range(world_size):
+        for number, batch in train_gpt.validation_batches(text, small, rank, world_size, CPU):
+            assert number not in batches
+            batches[number] = batch
+    assert sorted(batches) == [0, 1, 2, 3]
+    for number, batch in batches.items():
+        start = 64 * number
+        assert batch.inputs.tolist() == text[start : start + 64].tolist()
+        assert batch.targets.tolist() == text[start + 1 : start + 65].tolist()
+        starts = [i for i in range(64) if i == 0 or text[start + i] == BOS]
+        assert batch.cu_seqlens.tolist() == starts + [64] * (128 - len(starts))
+        assert (batch.inputs.dtype, batch.targets.dtype, batch.cu_seqlens.dtype) == (
+            torch.int32,
+            torch.int64,
+            torch.int32,
+        )
+
+
+@pytest.mark.parametrize("lone_bos", [0, 1])
+@pytest.mark.parametrize("many, length", [(10, 128), (126, 128), (128, 256), (300, 384)])
+def test_validation_batches_have_the_same_shapes_for_all_slices_and_ranks(small, lone_bos, many, length):
+    """One slice has `many` starts, and the others hardly any; every rank must know of it."""
+    s = replace(small, val_tokens=1500, val_slice_tokens=300)
+    text = np.full(1501, 7, dtype=np.uint16)
+    text[300 + lone_bos : 300 + many] = BOS
+    shapes, starts = set(), {}
+    for rank in range(3):
+        for number, batch in train_gpt.validation_batches(text, s, rank, 3, CPU):
+            shapes.add((batch.inputs.shape, batch.targets.shape, batch.cu_seqlens.shape))
+            starts[number] = int((batch.cu_seqlens < 300).sum())
+            assert batch.cu_seqlens[-1] == 300
+    assert shapes == {((300,), (300,), (length,))}
+    assert starts == {0: 1, 1: many, 2: 1, 3: 1, 4: 1}
+
+
+@pytest.mark.parametrize("step, windows", [(0, (12, 4)), (3, (28, 12)), (6, (44, 20))])
+def test_validate_is_the_plain_mean_over_slices_and_leaves_the_model_as_it_was(small, step, windows):
+    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU)[0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    text, losses, seen = validation_text(), [], []
+
+    def forward(inputs, targets, cu_seqlens, windows):
+        seen.append((model.training, torch.is_grad_enabled(), windows))
+        return model(inputs, targets, cu_seqlens, windows)
+
+    found = train_gpt.validate(model, forward, text, small, train_gpt.World(0, 1, 0, 1), step)
+    assert model.training and seen == 4 * [(False, False, windows)]
+    for start in range(0, 256, 64):  # training mode sums over the tokens
+        piece = torch.from_numpy(text[start : start + 65].astype(np.int64))
+        starts = torch.tensor([i for i in range(64) if i == 0 or piece[i] == BOS] + [64], dtype=torch.int32)
+        losses.append(model(piece[:-1].int(), piece[1:], starts, windows).item() / 64)
+    assert max(losses) - min(losses) > 0.01
+    assert found == pytest.approx(sum(losses) / 4, rel=1e-6)
