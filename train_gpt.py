@@ -169,7 +169,7 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=110, target_loss=1.70, val_loss_every=10, val_tokens=65_536, val_slice_tokens=8192,
+        num_iterations=116, target_loss=1.70, val_loss_every=10, val_tokens=65_536, val_slice_tokens=8192,
         warmup_steps=3, batch_tokens=5120, epochs=4,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256, window_block=16,
         muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
@@ -412,9 +412,10 @@ def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.d
     key = query.view(num_blocks, 1, block)
     if num_blocks > 1:
         key = torch.cat((key - block, key), dim=2)
-    # The number of starts at or before a position names its piece. Padding behind the last token is one too.
+    # The number of starts at or before a position names its piece: padding behind the last token is one of its
+    # own, and the places before the first token are none of any query's.
     query_piece, key_piece = (torch.searchsorted(cu_seqlens, x.int(), right=True) for x in (query, key))
-    seen = (key <= query) & (query - key <= window) & (key_piece == query_piece) & (key >= 0)
+    seen = (key <= query) & (query - key <= window) & (key_piece == query_piece)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
 
 

@@ -5,8 +5,9 @@ Build the demo's corpus: the source texts of the standard library of the Python 
 
 Each text is a document: its UTF-8 bytes as ids 0-255, opened by BOS = 256. Every 16th module is held out
 for validation. Left out are tests, which many distributions do not carry, installed packages, and the
-tables that were generated, not written (character maps, help topics, build flags). The order is shuffled, always in the same way, so that any stretch of it is a mixture. Needs
-nothing but the standard library and numpy; the shard format is described in train_gpt.py.
+tables that were generated, not written (character maps, help topics, build flags). The order is shuffled,
+always in the same way, so that any stretch of it is a mixture. Needs nothing but the standard library and
+numpy; the shard format is described in train_gpt.py.
 """
 
 import argparse
@@ -72,8 +73,8 @@ def main() -> int:
     texts = list(standard_library().values())
     if len(texts) < 2 * HELD_OUT:
         print(
-            f"{sysconfig.get_paths()['stdlib']}: expected the standard library's source texts, found {len(texts)}; "
-            "use a Python that carries them.",
+            f"{sysconfig.get_paths()['stdlib']}: expected the standard library's source texts, found "
+            f"{len(texts)}; use a Python that carries them.",
             file=sys.stderr,
         )
         return 1

@@ -69,7 +69,7 @@ def environment(**overrides):
 
 
 def launch(*arguments, nproc=1, cwd=None, timeout=120, script=ROOT / "train_gpt.py", **overrides):
-    """Run a script as a user would: plain Python for one process, else torchrun. Returns the finished process."""
+    """Run a script as a user would: plain Python for one process, else torchrun; returns what it did."""
     start = (
         [sys.executable]
         if nproc == 1

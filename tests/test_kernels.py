@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
@@ -76,9 +77,8 @@ def test_without_gradients_the_head_loss_is_the_same_at_every_length(num_tokens)
 
 def test_the_head_loss_of_bfloat16_is_float32_and_softcaps_in_float32():
     """Only the product is rounded to bfloat16; a loss softcapped in bfloat16 would be off by about 1 %."""
-    x, weight, targets = (
-        t.to(torch.bfloat16) if t.is_floating_point() else t for t in head_case(200, size=1.0)
-    )
+    x, weight, targets = head_case(200, size=1.0)
+    x, weight = x.bfloat16(), weight.bfloat16()
     loss = train_gpt.softcapped_head_loss(x, weight, targets)
     logits = 30 * torch.sigmoid((x @ weight.T).double() / 7.5)
     expected = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).sum()
@@ -122,9 +122,7 @@ def test_newton_schulz_is_five_steps_of_the_quintic_on_the_singular_values(rows,
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("rows, cols", SHAPES)
-def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_values_near_one(
-    rows, cols, dtype, tolerance
-):
+def test_newton_schulz_keeps_singular_vectors_and_brings_the_values_near_one(rows, cols, dtype, tolerance):
     values = torch.linspace(0.5, 2.0, min(rows, cols), dtype=torch.float64)
     u, v, matrix = matrix_with(values, rows, cols, seed=1)
     result = train_gpt.newton_schulz(matrix, dtype)
@@ -167,6 +165,16 @@ def test_zero_stays_zero_and_does_not_spoil_its_neighbours(rows, cols, dtype):
     result = train_gpt.newton_schulz(stack, dtype)
     assert torch.equal(result[0], torch.zeros(rows, cols, dtype=dtype))
     assert result[1].isfinite().all() and result[1].float().norm() > 1
+
+
+def test_a_tall_matrix_takes_no_more_work_than_a_wide_one():
+    """It is transposed, so that X X^T is the smaller of the two products."""
+    work = []
+    for shape in ((40, 4), (4, 40)):
+        with FlopCounterMode(display=False) as counter:
+            train_gpt.newton_schulz(torch.ones(2, *shape), torch.float32)
+        work.append(counter.get_total_flops())
+    assert work[0] == work[1] > 0
 
 
 def test_newton_schulz_leaves_its_argument_alone():

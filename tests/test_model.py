@@ -67,7 +67,7 @@ def plain_loss(
     long=(0, 4, 7, 11),
     num_heads=2,
 ):
-    """Summed loss of the model of the facts, from parameters of train_gpt.GPT's names and shapes in float64."""
+    """Summed loss of the model, from float64 parameters that have GPT's names and shapes."""
     document = [max(n for n, start in enumerate(starts) if start <= t) for t in range(len(inputs))]
     attn = iter(p["attn_bank"].split(4)) if "attn_bank" in p else None
     gates = iter(p["gate_bank"]) if "gate_bank" in p else None
@@ -199,13 +199,12 @@ def test_every_layout_is_that_of_the_plain_model(small, overrides, words):
 def test_the_loss_is_summed_in_training_and_averaged_in_evaluation(small):
     model = make_model(small)
     training = model(*batch_of(small), WINDOWS)
-    assert model.eval()(*batch_of(small), WINDOWS).item() == pytest.approx(
-        training.item() / NUM_TOKENS, rel=1e-6
-    )
+    evaluation = model.eval()(*batch_of(small), WINDOWS)
+    assert evaluation.item() == pytest.approx(training.item() / NUM_TOKENS, rel=1e-6)
 
 
 def test_a_packed_sequence_costs_what_its_documents_cost_alone(small):
-    """Documents neither see one another nor, rotation being relative, notice where in the sequence they stand."""
+    """Documents do not see one another and, rotation being relative, do not notice where they stand."""
     model, (inputs, targets, _) = make_model(small), batch_of(small)
     with torch.no_grad():
         packed = model(inputs, targets, torch.tensor([*STARTS, NUM_TOKENS], dtype=torch.int32), WINDOWS)
@@ -246,7 +245,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
 
 
 def test_the_model_compiles_in_one_graph_with_the_same_loss_and_gradients(small):
-    """fullgraph=True raises at a graph break; aot_eager traces the backward pass too, and needs no compiler."""
+    """fullgraph=True raises at a graph break; aot_eager traces backward too, and needs no C compiler."""
     model = make_model(small)
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")):
@@ -371,7 +370,7 @@ def test_attention_without_gates_is_twice_that_with_gates_of_zero(small):
     gated, s = make_model(small), replace(small, gate_channels=0)
     before = loss_of(gated, small)
     gateless = make_model(s)
-    for name, p in gateless.named_parameters():
+    for name in dict(gateless.named_parameters()):
         with_weights(gateless, **{name: lambda q, name=name: q.copy_(getattr(gated, name))})
     zeroed = with_weights(gated, gate_bank=torch.zero_, attn_bank=lambda p: p[3::4].mul_(2))
     assert loss_of(gateless, s) == pytest.approx(loss_of(zeroed, small), rel=1e-6)
@@ -411,12 +410,8 @@ def test_the_parameters_of_the_race_have_their_shapes_and_dtypes():
 
 def test_a_layout_without_a_part_has_no_parameter_for_it(small):
     s = replace(small, skip_attn=",".join(map(str, range(12))), value_embeds="." * 12)
-    assert {name for name, _ in make_model(s).named_parameters()} == {
-        "embed",
-        "mlp_bank",
-        "lm_head",
-        "scalars",
-    }
+    names = {name for name, _ in make_model(s).named_parameters()}
+    assert names == {"embed", "mlp_bank", "lm_head", "scalars"}
 
 
 def test_the_gradient_reaches_every_matrix_gate_table_and_scalar_that_is_used(small):
