@@ -16,7 +16,8 @@ of the validation shard must come to 3.28 or less; compilation and validation ar
 measured, and how, stands in README.md and records/.
 
 Letters for tensor layouts, the same everywhere: T tokens of a packed sequence, D model width,
-H heads, K channels of a head, V vocabulary (padded), W window, N blocks of an attention band.
+H heads, K channels of a head, V vocabulary (padded), W window, N bands of B tokens (plain attention),
+S places for piece starts. A microbatch is one packed sequence of pieces: documents, or their beginnings.
 """
 
 import argparse
@@ -26,8 +27,11 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field, fields
@@ -37,6 +41,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # whose default arguments would keep a group alive that was there before it
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,62 +73,63 @@ class Settings:
     """All settings of a run; the defaults are the speedrun's. NAME in the environment overrides `name`."""
 
     # where it runs
-    device: str = setting("auto", "", "auto takes CUDA where there is a GPU", choices=("auto", "cuda", "cpu"))
-    dtype: str = setting("bfloat16", "", "activations, embedding tables, head and Newton-Schulz; the other "
-                         "master weights stay float32", choices=("bfloat16", "float32"))
-    torch_compile: bool = setting(True, "0/1", "compile the model with torch.compile (needs a compiler)")
+    device: str = setting("auto", "", "auto: CUDA where there is a GPU", choices=("auto", "cuda", "cpu"))
+    nproc: int = setting(0, "processes", "for run.sh to start; 0: all that GPUs and batch allow, or 1 CPU", 0)
+    dtype: str = setting("bfloat16", "", "of activations, embedding tables, head and Newton-Schulz",
+                         choices=("bfloat16", "float32"))
+    torch_compile: bool = setting(True, "0/1", "compile the model with torch.compile (needs a C++ compiler)")
     seed: int = setting(0, "", "seed of the initial weights", 0, 2**63 - 1)
-    data_path: str = setting("", "folder", "root of the two patterns below; empty: train_gpt.py's own")
+    data_path: str = setting("", "folder", "where the two patterns below start; empty: beside train_gpt.py")
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, by name")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, by name")
-    log_dir: str = setting("logs", "folder", "a log file a run is written here")
+    log_dir: str = setting("logs", "folder", "where each run writes its log; relative to the current folder")
 
     # the race
-    num_iterations: int = setting(1705, "steps", "length of the run, and of its schedules", 1)
-    target_loss: float = setting(3.28, "nats/token", "the run stops at the first validation at or below", 0.0)
-    val_loss_every: int = setting(125, "steps", "between validations; 0: only at the end", 0)
-    val_tokens: int = setting(10_485_760, "tokens", "validated, from the start of the validation shards", 1)
-    val_slice_tokens: int = setting(262_144, "tokens", "validated in one forward pass", 1)
-    warmup_steps: int = setting(30, "steps", "untimed, before the run, then undone; 0 for none", 0)
+    num_iterations: int = setting(1705, "steps", "length of the run and of its schedules", 1)
+    target_loss: float = setting(3.28, "nats/token", "validation loss at or below which the run stops", 0.0)
+    val_loss_every: int = setting(125, "steps", "distance between validations; 0: only at the end", 0)
+    val_tokens: int = setting(10_485_760, "tokens", "to validate, from the start of the validation shards", 1)
+    val_slice_tokens: int = setting(262_144, "tokens", "of one forward pass in validation", 1)
+    warmup_steps: int = setting(30, "steps", "untimed, and then undone; 0: none, and compilation is timed", 0)
 
     # a training step's batch
-    batch_tokens: int = setting(393_216, "tokens", "in a step, over all ranks", 1)
-    microbatches: int = setting(8, "", "packed sequences in a step, over all ranks", 1)
-    max_piece_tokens: int = setting(2048, "tokens", "of one document, from its BOS, in a training batch", 1)
-    epochs: int = setting(1, "passes", "over the training shards, at most", 1)
+    batch_tokens: int = setting(393_216, "tokens", "of a step, over all ranks", 1)
+    microbatches: int = setting(8, "", "packed sequences of a step, over all ranks", 1)
+    max_piece_tokens: int = setting(2048, "tokens", "most of one document in a microbatch, from its BOS", 1)
+    epochs: int = setting(1, "passes", "most passes over the training shards", 1)
 
     # the model
-    vocab_size: int = setting(50_257, "ids", "that may occur in the data", 2, 65_536)
-    vocab_multiple: int = setting(128, "ids", "the model's vocabulary is padded to a multiple of this", 1)
-    bos_id: int = setting(50_256, "id", "of the token that opens every document", 0)
-    num_layers: int = setting(12, "blocks", "in the model; the first half feeds skips to the second", 1)
-    model_dim: int = setting(768, "channels", "of the residual stream", 4)
-    num_heads: int = setting(6, "heads", "that share model_dim", 1)
-    mlp_dim: int = setting(3072, "channels", "of an MLP's hidden layer", 1)
-    attn_scale: float = setting(0.12, "", "multiplies q.k before the softmax", 1e-6)
+    vocab_size: int = setting(50_257, "ids", "ids that may occur in the data", 2, 65_536)
+    vocab_multiple: int = setting(128, "ids", "VOCAB_SIZE is rounded up to a multiple of this", 1, 65_536)
+    bos_id: int = setting(50_256, "id", "token that opens every document", 0)
+    num_layers: int = setting(12, "blocks", "the first half feeds skip connections to the second", 1, 1024)
+    model_dim: int = setting(768, "channels", "width of the residual stream", 4, 65_536)
+    num_heads: int = setting(6, "heads", "attention heads, which share the width equally", 1)
+    mlp_dim: int = setting(3072, "channels", "width of an MLP's hidden layer", 1, 262_144)
+    attn_scale: float = setting(0.12, "", "factor of q.k before the softmax", 1e-6, 1e6)
     gate_channels: int = setting(12, "channels", "of a block's input that gate its attention; 0: no gate", 0)
-    skip_attn: str = setting("7", "blocks", "without attention, with commas")
-    skip_mlp: str = setting("0", "blocks", "without an MLP, with commas")
-    value_embeds: str = setting("012......012", "char/block", "number of its value embedding, or .")
-    window_pattern: str = setting("LSSSLSSLSSSL", "char/block", "L: long attention window, S: short")
-    window_schedule: str = setting("3,7,11", "x window_block", "long windows, each for an equal share of "
-                                   "the run; a short one is half as long, rounded down")
+    skip_attn: str = setting("7", "blocks", "blocks without attention, such as 3,7; empty: none")
+    skip_mlp: str = setting("0", "blocks", "blocks without an MLP, such as 0,11; empty: none")
+    value_embeds: str = setting("012......012", "char/block", "number of its value embedding, or . for none")
+    window_pattern: str = setting("LSSSLSSLSSSL", "char/block", "its attention window: L long, S short")
+    window_schedule: str = setting("3,7,11", "x window_block", "long windows, each for an equal share of the "
+                                   "run; a short one is half as long, rounded down")
     window_block: int = setting(128, "tokens", "unit of window_schedule", 1)
 
     # the optimizers
-    muon_lr: float = setting(0.05, "", "learning rate of the blocks' matrices", 0.0)
+    muon_lr: float = setting(0.05, "", "Muon's learning rate, for the blocks' matrices", 0.0, 1e3)
     muon_momentum_start: float = setting(0.85, "", "Muon's momentum at step 0", 0.0, 0.9999)
-    muon_momentum_end: float = setting(0.95, "", "Muon's momentum once warm", 0.0, 0.9999)
-    muon_momentum_steps: int = setting(300, "steps", "from the first momentum to the second", 0)
-    adam_lr: float = setting(0.008, "", "learning rate of all else, before the multiples", 0.0)
+    muon_momentum_end: float = setting(0.95, "", "Muon's momentum after muon_momentum_steps", 0.0, 0.9999)
+    muon_momentum_steps: int = setting(300, "steps", "in which it goes from the first to the second", 0)
+    adam_lr: float = setting(0.008, "", "Adam's learning rate, for all else, before the factors", 0.0, 1e3)
     adam_beta1: float = setting(0.8, "", "decay of the mean gradient", 0.0, 0.9999)
     adam_beta2: float = setting(0.95, "", "decay of the mean squared gradient", 0.0, 0.9999)
-    adam_eps: float = setting(1e-10, "", "added to the root of the uncorrected second moment", 0.0)
-    embed_lr_mult: float = setting(75.0, "x adam_lr", "embedding and value embeddings", 0.0)
-    head_lr_mult: float = setting(1.0, "x adam_lr", "head", 0.0)
-    scalar_lr_mult: float = setting(5.0, "x adam_lr", "the blocks' scalars", 0.0)
-    cooldown_frac: float = setting(0.45, "of the run", "in which, at its end, learning rates fall", 0.0, 1.0)
-    final_lr_frac: float = setting(0.1, "of the rate", "where the cooldown ends", 0.0, 1.0)
+    adam_eps: float = setting(1e-10, "", "added to the root of the uncorrected second moment", 1e-30)
+    embed_lr_mult: float = setting(75.0, "x adam_lr", "for the embedding and the value embeddings", 0.0, 1e6)
+    head_lr_mult: float = setting(1.0, "x adam_lr", "for the head", 0.0, 1e6)
+    scalar_lr_mult: float = setting(5.0, "x adam_lr", "for the blocks' scalars", 0.0, 1e6)
+    cooldown_frac: float = setting(0.45, "of the run", "last part, in which learning rates fall", 0.0, 1.0)
+    final_lr_frac: float = setting(0.1, "of the rate", "what the learning rates fall to", 0.0, 1.0)
 
     @property
     def padded_vocab(self) -> int:
@@ -141,7 +147,7 @@ class Settings:
 
     @property
     def blocks(self) -> "list[Block]":
-        """The network's layout, a row a block (attention and MLP are numbered through, None where absent)."""
+        """The network's layout, a row a block."""
         no_attn, no_mlp = parse_numbers(self.skip_attn), parse_numbers(self.skip_mlp)
         rows, num_attn, num_mlp = [], 0, 0
         for i in range(self.num_layers):
@@ -153,12 +159,12 @@ class Settings:
 
 
 class Block(NamedTuple):
-    """What one block has: its place in the attention and MLP banks, its value-embedding table, its window."""
+    """What one block has; None where it lacks the part."""
 
-    attn: int | None
-    mlp: int | None
-    table: int | None
-    long: bool
+    attn: int | None  # its place among the blocks that have attention, and so in their banks
+    mlp: int | None  # its place among the blocks that have an MLP
+    table: int | None  # its value embedding
+    long: bool  # its window
 
 
 # The demo: the same blocks, narrow, on the standard library of the Python that runs this. The folder bears
@@ -169,17 +175,26 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=116, target_loss=1.70, val_loss_every=10, val_tokens=65_536, val_slice_tokens=8192,
+        num_iterations=116, target_loss=1.70, val_loss_every=10, val_tokens=49_152, val_slice_tokens=8192,
         warmup_steps=3, batch_tokens=5120, epochs=4,
-        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256, window_block=16,
-        muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
+        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
+        window_block=16, muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
         adam_lr=0.016, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
 }
 
 
+def ceil_div(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
 def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return ceil_div(n, multiple) * multiple
+
+
+def counted(n: int, thing: str) -> str:
+    """'1 shard', '2,000 shards'."""
+    return f"{n:,} {thing}{'' if n == 1 else 'es' if thing.endswith(('s', 'ch')) else 's'}"
 
 
 def parse_numbers(text: str) -> list[int]:
@@ -197,7 +212,8 @@ def parse_value(spec, text: str):
     if kind is bool:
         return choices.index(text.lower()) % 2 == 0
     if kind is str:
-        return text
+        return text.lower() if choices else text
+    high = 2**31 - 1 if kind is int and high is None else high  # lengths and positions are int32
     bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
     expected = ("a whole number of " if kind is int else "a number of ") + " and ".join(bounds)
     try:
@@ -210,11 +226,15 @@ def parse_value(spec, text: str):
 
 
 def near_miss(name: str, known: set[str]) -> str | None:
-    """The setting that an environment name was probably meant to be; short ones are compared but for case."""
+    """The setting that an environment name was probably meant to be.
+
+    Too many words look like names under 6 letters (SEED), so these are found only in another case, or where
+    a last S is missing.
+    """
     if name in known or name.upper() in known:
         return None if name in known else name.upper()
-    long_names = [k for k in known if len(k) >= 6]
-    return next(iter(difflib.get_close_matches(name.upper(), long_names, n=1, cutoff=0.87)), None)
+    likely = [k for k in known if len(k) >= 6 or name.upper() == k + "S"]
+    return next(iter(difflib.get_close_matches(name.upper(), likely, n=1, cutoff=0.87)), None)
 
 
 def resolve_settings(environ, preset: str) -> tuple[Settings, dict[str, str]]:
@@ -224,14 +244,14 @@ def resolve_settings(environ, preset: str) -> tuple[Settings, dict[str, str]]:
     of the wrong type or out of range, and settings that contradict each other.
     """
     specs = {f.name.upper(): f for f in fields(Settings)}
-    problems = []
+    problems, wrong = [], set()
     if preset not in PRESETS:
         problems.append(f"PRESET: expected one of {', '.join(PRESETS)}, found {preset!r}.")
     values, overrides = dict(PRESETS.get(preset, {})), {}
     for name in sorted(environ):
         meant = near_miss(name, set(specs) | {"PRESET"})
         if meant:
-            problems.append(f"{name}: no such setting; if {meant} was meant, write that, else unset {name}.")
+            problems.append(f"{name}: unknown setting; did you mean {meant}? Otherwise unset {name}.")
         if name not in specs:
             continue
         try:
@@ -239,8 +259,10 @@ def resolve_settings(environ, preset: str) -> tuple[Settings, dict[str, str]]:
             overrides[specs[name].name] = environ[name]
         except ValueError as expected:
             problems.append(f"{name}: expected {expected}, found {environ[name]!r}.")
+            wrong.add(name)
     settings = Settings(**values)
-    problems += contradictions(settings)
+    if preset in PRESETS:  # what stands in for a wrong value contradicts nobody
+        problems += [c for c in contradictions(settings) if not wrong & set(re.findall(r"\w+", c))]
     if problems:
         raise UserError(*problems, exit_code=2)
     return settings, overrides
@@ -254,6 +276,9 @@ def contradictions(s: Settings) -> list[str]:
         if not holds:
             found.append(f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}.")
 
+    require(s.nproc == 0 or feeds(s, s.nproc), "nproc", worlds_that_fit(s))
+    for name in ("train_files", "val_files"):
+        require(getattr(s, name).strip(), name, "a pattern of file names")
     require(s.bos_id < s.vocab_size, "bos_id", f"an id below VOCAB_SIZE={s.vocab_size}")
     require(s.batch_tokens % s.microbatches == 0, "batch_tokens",
             f"a multiple of MICROBATCHES={s.microbatches}")
@@ -271,18 +296,18 @@ def contradictions(s: Settings) -> list[str]:
     for name in ("skip_attn", "skip_mlp"):
         distinct = len(set(lists[name])) == len(lists[name])
         require(distinct and all(0 <= i < s.num_layers for i in lists[name]), name,
-                f"different block numbers from 0 to {s.num_layers - 1} with commas between, or nothing")
+                f"different block numbers below NUM_LAYERS={s.num_layers}, separated by commas, or nothing")
     require(min(lists["window_schedule"], default=0) >= 2, "window_schedule",
-            "whole numbers of at least 2 with commas between")
+            "whole numbers of at least 2, separated by commas")
     for name, alphabet in (("value_embeds", "0123456789."), ("window_pattern", "LS")):
         text = getattr(s, name)
         require(len(text) == s.num_layers and set(text) <= set(alphabet), name,
                 f"a character out of {alphabet} for each of NUM_LAYERS={s.num_layers} blocks")
-    tables = sorted(set(s.value_embeds) - {"."})
+    tables = sorted(set(s.value_embeds) & set("0123456789"))
     require(tables == [str(i) for i in range(len(tables))], "value_embeds",
             "tables numbered 0, 1, ... without a gap")
-    deaf = [i for i in lists["skip_attn"] if 0 <= i < len(s.value_embeds) and s.value_embeds[i] != "."]
-    require(not deaf, "value_embeds", f". for block {', '.join(map(str, deaf))}, left without attention by "
+    unused = [i for i in lists["skip_attn"] if 0 <= i < len(s.value_embeds) and s.value_embeds[i] != "."]
+    require(not unused, "value_embeds", f". for block {', '.join(map(str, unused))}, since "
             f"SKIP_ATTN={s.skip_attn}")
     return found
 
@@ -301,18 +326,28 @@ def choose_preset(environ) -> tuple[str, str]:
     return "demo", f"preset: demo ({' and '.join(lacks)} here); the other: PRESET=speedrun{first}"
 
 
-class BatchPlan(NamedTuple):
-    """How a step's tokens fall to the ranks: `slots` packed sequences, `per_rank` of them each."""
+def feeds(s: Settings, world_size: int) -> bool:
+    """Whether a step can be split evenly over `world_size` ranks."""
+    microbatches = max(s.microbatches, world_size)
+    return microbatches % world_size == 0 and s.batch_tokens % microbatches == 0
 
-    slots: int
-    slot_tokens: int
+
+def worlds_that_fit(s: Settings) -> str:
+    return f"a divisor of MICROBATCHES={s.microbatches}, or more that divide BATCH_TOKENS={s.batch_tokens}"
+
+
+class BatchPlan(NamedTuple):
+    """How a step's tokens fall to the ranks: `microbatches` packed sequences, `per_rank` of them each."""
+
+    microbatches: int
+    microbatch_tokens: int
     per_rank: int
     world_size: int
 
     def __str__(self):
-        return (f"{self.world_size} rank{'s' * (self.world_size > 1)} x {self.per_rank} "
-                f"microbatch{'es' * (self.per_rank > 1)} x {self.slot_tokens:,} tokens = "
-                f"{self.slots * self.slot_tokens:,} tokens/step")
+        return (f"{counted(self.world_size, 'rank')} x {counted(self.per_rank, 'microbatch')} x "
+                f"{self.microbatch_tokens:,} tokens = "
+                f"{self.microbatches * self.microbatch_tokens:,} tokens/step")
 
 
 def plan_batch(s: Settings, world_size: int) -> BatchPlan:
@@ -320,17 +355,16 @@ def plan_batch(s: Settings, world_size: int) -> BatchPlan:
 
     Raises UserError (exit code 2) where the world size does not divide the batch.
     """
-    slots = max(s.microbatches, world_size)
-    if slots % world_size or s.batch_tokens % slots:
-        raise UserError(f"WORLD_SIZE: expected a divisor of MICROBATCHES={s.microbatches}, or more ranks, if "
-                        f"they divide BATCH_TOKENS={s.batch_tokens}, found {world_size}; start another "
+    if not feeds(s, world_size):
+        raise UserError(f"WORLD_SIZE: expected {worlds_that_fit(s)}, found {world_size}; start another "
                         "number of processes (NPROC=... ./run.sh).", exit_code=2)
-    return BatchPlan(slots, s.batch_tokens // slots, slots // world_size, world_size)
+    microbatches = max(s.microbatches, world_size)
+    return BatchPlan(microbatches, s.batch_tokens // microbatches, microbatches // world_size, world_size)
 
 
 def largest_world_size(s: Settings, num_gpus: int) -> int:
     """The most processes that `num_gpus` GPUs can run and the batch can feed; 1 without a GPU."""
-    return max(w for w in range(1, max(num_gpus, 1) + 1) if s.microbatches % w == 0)
+    return max(w for w in range(1, max(num_gpus, 1) + 1) if feeds(s, w))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -343,7 +377,7 @@ def largest_world_size(s: Settings, num_gpus: int) -> int:
 class Kernels(NamedTuple):
     """The implementations that a run uses (signatures: those of the functions below)."""
 
-    attention_plan: Callable[..., Tensor]
+    attention_plan: Callable[..., Tensor]  # what attention has to know of the packing, made once a window
     attention: Callable[..., Tensor]
     head_loss: Callable[..., Tensor]
     orthogonalize: Callable[..., Tensor]
@@ -352,18 +386,20 @@ class Kernels(NamedTuple):
 def choose_kernels(device: torch.device) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and for each a line that names the choice and its reason."""
     kernels = Kernels(banded_plan, banded_attention, softcapped_head_loss, newton_schulz)
-    why = f"the only implementation so far; runs on any device ({device.type} here)"
-    return kernels, [f"attention: banded, by scaled_dot_product_attention: {why}",
-                     f"head: plain, logits in the activations' dtype: {why}",
-                     f"newton_schulz: by torch.matmul, whole products: {why}"]
+    why = f"on {device.type} as anywhere: the only one so far"
+    return kernels, [f"attention: scaled_dot_product_attention in bands ({why})",
+                     f"head: product in the activations' dtype, loss in float32 ({why})",
+                     f"newton_schulz: torch.matmul ({why})"]
 
 
 def softcapped_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), as a float32 scalar.
 
-    x: (T, D) and weight: (V, D), both in the activations' dtype; targets: (T,) int64 below V.
-    Without gradients the tokens are taken in chunks, since validation's logits would not fit in memory.
+    x: (T, D), in the activations' dtype; weight: (V, D), the float32 master, cast to it here; targets: (T,)
+    int64 below V. Without gradients, in validation, the tokens are taken in chunks, since the logits of a
+    whole slice would not fit in memory.
     """
+    weight = weight.type_as(x)
     chunk = len(x) if torch.is_grad_enabled() else 8192
     losses = []
     for x_chunk, targets_chunk in zip(x.split(chunk), targets.split(chunk)):
@@ -394,8 +430,8 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 # ----------------------------------------------------------------------------------------------------
 # Attention: packed documents, causal, within a sliding window
 #
-# The sequence is cut into N blocks as long as the window. A query then finds every key that it may see in
-# its own block and the one before, so scores take T x 2W instead of T x T.
+# The sequence is cut into N bands as long as the window. A query then finds every key that it may see in
+# its own band and the one before, so scores take T x 2W instead of T x T.
 
 
 def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype) -> Tensor:
@@ -403,37 +439,37 @@ def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.d
 
     cu_seqlens: (S,) int32, the piece starts in ascending order, padded with num_tokens. Query i may see
     key j where j is in the same piece and 0 <= i - j <= window: the token itself and `window` before it.
-    Returns (N, 1, B, keys) of 0 and -inf, with B = min(window, num_tokens), and keys = 2B (B if N is 1).
+    Returns (N, 1, B, keys) of 0 and -inf, B = min(window, num_tokens), with 2B keys a band (B if N is 1).
     """
-    block = min(window, num_tokens)
-    num_blocks = -(-num_tokens // block)
+    band = min(window, num_tokens)
+    num_bands = ceil_div(num_tokens, band)
     device = cu_seqlens.device
-    query = torch.arange(num_blocks * block, device=device).view(num_blocks, block, 1)
-    key = query.view(num_blocks, 1, block)
-    if num_blocks > 1:
-        key = torch.cat((key - block, key), dim=2)
-    # The number of starts at or before a position names its piece: padding behind the last token is one of its
-    # own, and the places before the first token are none of any query's.
+    query = torch.arange(num_bands * band, device=device).view(num_bands, band, 1)
+    key = query.view(num_bands, 1, band)
+    if num_bands > 1:
+        key = torch.cat((key - band, key), dim=2)
+    # A position's piece is the number of starts at or before it. Positions after the last token form a piece
+    # of their own; negative ones, before the first token, belong to none.
     query_piece, key_piece = (torch.searchsorted(cu_seqlens, x.int(), right=True) for x in (query, key))
-    seen = (key <= query) & (query - key <= window) & (key_piece == query_piece)
+    seen = (key <= query) & (query - key <= band) & (key_piece == query_piece)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf).unsqueeze(1)
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + plan) v for a packed sequence. q, k, v and the result: (T, H, K), any dtype."""
     num_tokens, num_heads, head_dim = q.shape
-    num_blocks, _, block, num_keys = plan.shape
+    num_bands, _, band, num_keys = plan.shape
 
-    def blocks(x: Tensor, with_previous: bool) -> Tensor:  # (T, H, K) -> (N, H, B or 2B, K)
-        x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens)).unflatten(0, (num_blocks, block))
-        if with_previous:  # block 0 has none: it gets zeros, which the plan masks
+    def bands(x: Tensor, with_previous: bool) -> Tensor:  # (T, H, K) -> (N, H, B or 2B, K)
+        x = F.pad(x, (0, 0, 0, 0, 0, num_bands * band - num_tokens)).unflatten(0, (num_bands, band))
+        if with_previous:  # band 0 has none: it gets zeros, which the plan masks
             x = torch.cat((F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=1)
         return x.transpose(1, 2)
 
-    previous = num_keys > block
-    q, k, v = blocks(q, False), blocks(k, previous), blocks(v, previous)
+    previous = num_keys > band
+    q, k, v = bands(q, False), bands(k, previous), bands(v, previous)
     y = F.scaled_dot_product_attention(q, k, v, plan, scale=scale)
-    return y.transpose(1, 2).reshape(num_blocks * block, num_heads, head_dim)[:num_tokens]
+    return y.transpose(1, 2).reshape(num_bands * band, num_heads, head_dim)[:num_tokens]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -522,7 +558,7 @@ class GPT(nn.Module):
                 x = x + F.linear(F.relu(norm(x) @ up).square(), down)
             if i < half:
                 outputs.append(x)
-        loss = self.kernels.head_loss(norm(x), self.lm_head.type_as(x), targets)
+        loss = self.kernels.head_loss(norm(x), self.lm_head, targets)
         return loss if self.training else loss / num_tokens
 
     def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor | None, w_v: Tensor, ve: Tensor | None, plan):
@@ -691,7 +727,8 @@ class Muon(ShardedOptimizer):
 class DistAdam(ShardedOptimizer):
     """Adam (Kingma and Ba, 2015) on rows of the last axis; state has the parameter's dtype.
 
-    eps joins the root of the uncorrected second moment, so that only its ratio to the gradient's size counts.
+    eps is added before the correction of the second moment's bias, and is small enough not to matter but for
+    gradients near zero.
     """
 
     def __init__(self, params, rank: int, world_size: int, lr: float, betas: tuple[float, float], eps: float):
@@ -764,8 +801,8 @@ class TokenShard:
             with open(path, "rb") as file:
                 head = file.read(SHARD_HEADER_BYTES)
         except OSError as error:
-            raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; put its "
-                            "permissions right, or delete it and make it again.") from None
+            raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; correct its "
+                            "permissions, or delete it and make it again.") from None
         self.expect(len(head) == SHARD_HEADER_BYTES, f"{SHARD_HEADER_BYTES} bytes of header", f"{size} bytes")
         magic, version, self.num_tokens = (int(word) for word in np.frombuffer(head, "<i4", count=3))
         self.expect(magic == SHARD_MAGIC, f"magic number {SHARD_MAGIC}", f"{magic}, so it is no token shard")
@@ -776,36 +813,50 @@ class TokenShard:
                     f"{self.num_tokens:,} tokens says", f"{size:,} bytes")
         self.tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
-    def expect(self, holds: bool, expected: str, found: str):
+    def expect(self, holds: bool, expected: str, found: str, remedy: str = "delete it and make it again (a "
+               "demo shard: run again; FineWeb: python data/cached_fineweb10B.py), or name other files"):
         if not holds:
-            raise UserError(f"{self.path}: expected {expected}, found {found}; delete it and make it again.")
+            raise UserError(f"{self.path}: expected {expected}, found {found}; {remedy}.")
 
     def index(self) -> np.ndarray:
         """(documents + 1,) int64: each document's first token, then the shard's end. Checks every token."""
         if self.starts is None:
             vocab_size, bos_id = self.settings.vocab_size, self.settings.bos_id
+            other = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold, or name other files"
             if int(self.tokens.max()) >= vocab_size:
                 where = int(np.argmax(self.tokens >= vocab_size))
                 found = f"{self.tokens[where]} at token {where}"
-                self.expect(False, f"ids below VOCAB_SIZE={vocab_size}", found)
+                self.expect(False, f"ids below VOCAB_SIZE={vocab_size}", found, other)
             documents = np.flatnonzero(self.tokens == bos_id)
-            self.expect(len(documents) > 0, f"documents that open with BOS_ID={bos_id}", "not one such token")
+            self.expect(len(documents), f"documents that open with BOS_ID={bos_id}", "no such token", other)
             self.starts = np.append(documents, self.num_tokens)
         return self.starts
 
 
 def find_files(root: Path, pattern: str) -> list[Path]:
     """Files that match, in name order; an absolute pattern stands for itself."""
-    return sorted(Path(name) for name in glob.glob(os.path.join(glob.escape(str(root)), pattern)))
+    paths = map(Path, glob.glob(os.path.join(glob.escape(str(root)), pattern)))
+    return sorted(path for path in paths if not path.is_dir())
 
 
-def open_shards(s: Settings, pattern: str, name: str) -> list[TokenShard]:
-    """The shards that match a setting's pattern, each header checked. Raises UserError where none does."""
+def data_root(s: Settings) -> Path:
+    """The folder in which the two patterns start. Raises UserError (exit code 2) where there is none."""
     root = Path(s.data_path or HERE)
+    if not root.is_dir():
+        raise UserError(f"DATA_PATH: expected a folder, found none at {root}; correct it, or make the "
+                        "folder.", exit_code=2)
+    return root
+
+
+def open_shards(s: Settings, name: str) -> list[TokenShard]:
+    """The shards that match the pattern in setting `name`, each header checked. Raises UserError for none."""
+    root, pattern = data_root(s), getattr(s, name)
     paths = find_files(root, pattern)
     if not paths:
-        raise UserError(f"{name}: expected token shards at {root / pattern}, found none; fetch FineWeb with "
-                        "python data/cached_fineweb10B.py, or take PRESET=demo, which needs no download.")
+        remedy = f"correct {name.upper()} or DATA_PATH"
+        if pattern == getattr(Settings, name):
+            remedy = "fetch them with python data/cached_fineweb10B.py, or take PRESET=demo, which needs none"
+        raise UserError(f"{name.upper()}: expected token shards at {root / pattern}, found none; {remedy}.")
     return [TokenShard(path, s) for path in paths]
 
 
@@ -818,7 +869,7 @@ class Piece(NamedTuple):
 
 
 class DocumentWalk:
-    """Goes through the documents of all shards in order and packs them into slots, without reading a token.
+    """Goes through the documents of all shards in order and packs them into microbatches; reads no token.
 
     The state is a plain pair of numbers, (shard, document), that can be saved and put back.
     """
@@ -827,11 +878,11 @@ class DocumentWalk:
         self.shards, self.max_piece_tokens, self.epochs = shards, max_piece_tokens, epochs
         self.position = (0, 0)  # a shard's number goes on counting from pass to pass
 
-    def next_slot(self, num_tokens: int) -> list[Piece] | None:
+    def next_microbatch(self, num_tokens: int) -> list[Piece] | None:
         """Pieces that fill `num_tokens` + 1 tokens (targets are shifted by one); None where the shards end.
 
-        A piece is a document from its BOS, cut at max_piece_tokens or where the slot is full. What is cut
-        off is not used; the next slot opens with the next document.
+        A piece is a document from its BOS, cut at max_piece_tokens or where the microbatch is full. What is
+        cut off is not used; the next microbatch opens with the next document.
         """
         (shard, document), missing, pieces = self.position, num_tokens + 1, []
         while missing:
@@ -855,14 +906,14 @@ class DataPlan(NamedTuple):
     steps_fed: int  # at most the planned ones
     tokens_used: int
     tokens_dropped: int  # rests of cut documents, and what stands before a shard's first BOS
-    most_pieces: int  # in any slot
+    most_pieces: int  # in any microbatch
     passes: int  # over the shards, the last one begun
 
     def __str__(self):
         passed = self.tokens_used + self.tokens_dropped
-        return (f"{self.steps_fed:,} steps take {self.tokens_used:,} tokens and drop {self.tokens_dropped:,} "
-                f"({self.tokens_dropped / max(passed, 1):.1%}), the rests of cut documents, in {self.passes} "
-                f"pass{'es' * (self.passes > 1)}")
+        return (f"{counted(self.steps_fed, 'step')} take {self.tokens_used:,} tokens and drop "
+                f"{self.tokens_dropped:,} ({self.tokens_dropped / max(passed, 1):.1%}), the rests of cut "
+                f"documents, in {counted(self.passes, 'pass')}")
 
 
 def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataPlan:
@@ -870,21 +921,20 @@ def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataPl
     walk, used, most, fed = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0, 0, 0
     shard, document = walk.position
     for step in range(s.num_iterations):
-        slots = [walk.next_slot(batch.slot_tokens) for _ in range(batch.slots)]
-        if None in slots:
+        microbatches = [walk.next_microbatch(batch.microbatch_tokens) for _ in range(batch.microbatches)]
+        if None in microbatches:
             break
         fed, (shard, document) = step + 1, walk.position
-        most = max(most, *map(len, slots))
-        used += batch.slots * (batch.slot_tokens + 1)
+        most = max(most, *map(len, microbatches))
+        used += batch.microbatches * (batch.microbatch_tokens + 1)
     passed = sum(shards[i % len(shards)].num_tokens for i in range(shard))
     passed += int(shards[shard % len(shards)].index()[document]) if document else 0
-    return DataPlan(fed, used, passed - used, most, -(-(shard + (document > 0)) // len(shards)))
+    return DataPlan(fed, used, passed - used, most, ceil_div(shard + (document > 0), len(shards)))
 
 
 def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataPlan]:
     """Training shards, validation tokens (val_tokens + 1,) and plan. Raises UserError for what is wrong."""
-    shards = open_shards(s, s.train_files, "TRAIN_FILES")
-    val_shards = open_shards(s, s.val_files, "VAL_FILES")
+    shards, val_shards = open_shards(s, "train_files"), open_shards(s, "val_files")
     available, needed = sum(x.num_tokens for x in val_shards), s.val_tokens + 1
     if available < needed:
         raise UserError(f"VAL_FILES: expected at least VAL_TOKENS + 1 = {needed:,} tokens in "
@@ -894,11 +944,13 @@ def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndar
     val_tokens = np.concatenate([x.tokens[:needed] for x in val_shards])[:needed]
     plan = plan_data(shards, batch, s)
     if plan.steps_fed < s.num_iterations:
-        have = sum(x.num_tokens for x in shards)
+        have, more = sum(x.num_tokens for x in shards), ""
+        if s.train_files == Settings.train_files:
+            more = f" (python data/cached_fineweb10B.py {len(shards) + 1}, or more)"
         raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
-                        f"{s.batch_tokens:,} tokens, found {have:,} tokens in {len(shards)} shards, which "
-                        f"feed {plan.steps_fed} steps; lower NUM_ITERATIONS, raise EPOCHS={s.epochs}, or add "
-                        f"shards (FineWeb: python data/cached_fineweb10B.py {len(shards) + 1} or more).")
+                        f"{s.batch_tokens:,} tokens, found {have:,} tokens in "
+                        f"{counted(len(shards), 'shard')}, enough for {counted(plan.steps_fed, 'step')}; "
+                        f"lower NUM_ITERATIONS, raise EPOCHS={s.epochs}, or add shards{more}.")
     return shards, val_tokens, plan
 
 
@@ -928,20 +980,20 @@ def cu_seqlens_length(num_tokens: int, most_pieces: int) -> int:
 
 
 class TrainLoader:
-    """This rank's training batches: in every round of world_size slots, the slot of its rank."""
+    """This rank's training batches: in every round of world_size microbatches, the microbatch of its rank."""
 
     def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataPlan, rank: int,
                  device: torch.device):
         self.walk = DocumentWalk(shards, s.max_piece_tokens, s.epochs)
         self.batch, self.rank, self.device = batch, rank, device
-        self.length = cu_seqlens_length(batch.slot_tokens, plan.most_pieces)
+        self.cu_seqlens_length = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
 
     def next_batch(self) -> Batch:
-        slots = [self.walk.next_slot(self.batch.slot_tokens) for _ in range(self.batch.world_size)]
-        pieces = slots[self.rank]
+        length = self.batch.microbatch_tokens
+        pieces = [self.walk.next_microbatch(length) for _ in range(self.batch.world_size)][self.rank]
         tokens = np.concatenate([self.walk.shards[p.shard].tokens[p.start:p.end] for p in pieces])
         starts = np.cumsum([0] + [p.end - p.start for p in pieces[:-1]])
-        return make_batch(tokens, starts[starts < self.batch.slot_tokens], self.length, self.device)
+        return make_batch(tokens, starts[starts < length], self.cu_seqlens_length, self.device)
 
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
@@ -984,8 +1036,9 @@ def attention_windows(step: int, s: Settings) -> tuple[int, int]:
 
 
 def window_steps(s: Settings) -> list[int]:
-    """A step of each stage of the window schedule, for the warm-up to visit."""
-    return sorted({attention_windows(step, s): step for step in range(s.num_iterations + 1)}.values())
+    """The first step of each stage of the window schedule that the run comes to, for the warm-up to visit."""
+    stages, steps = len(parse_numbers(s.window_schedule)), s.num_iterations + 1
+    return sorted({first for stage in range(stages) if (first := ceil_div(stage * steps, stages)) < steps})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1026,8 +1079,9 @@ def choose_device(s: Settings, world: World) -> tuple[torch.device, str]:
     if s.device == "cpu" or (s.device == "auto" and not gpus):
         return torch.device("cpu"), reason
     if world.local_size > gpus:
-        raise UserError(f"DEVICE: expected a CUDA GPU for each of {world.local_size} processes here, found "
-                        f"{gpus}; start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
+        raise UserError(f"DEVICE: expected a CUDA GPU for {counted(world.local_size, 'process')} here, found "
+                        f"{counted(gpus, 'GPU')}; start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.",
+                        exit_code=2)
     return torch.device("cuda", world.local_rank), reason
 
 
@@ -1054,23 +1108,30 @@ class Clock:
         return 1000 * (self.total + running)
 
 
+def log_folder(s: Settings) -> Path:
+    """LOG_DIR, made where it is missing. Raises UserError where it cannot be written in."""
+    folder = Path(s.log_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f"LOG_DIR: expected a folder to write logs in, found {s.log_dir!r}: "
+                        f"{error.strerror}; set LOG_DIR to another.") from None
+
+
 class Log:
-    """Rank 0's voice: a file that gets every line, and the console; silent on the other ranks.
+    """Output of rank 0: a file that gets every line, and the console; silent on the other ranks.
 
     On a terminal the steps move one live progress line; in a pipe each prints its line.
     """
 
     def __init__(self, s: Settings, rank: int):
-        self.settings, self.file, self.bar, self.pending, self.val_loss = s, None, None, None, math.nan
+        self.settings, self.file, self.bar, self.pending, self.val_loss = s, None, None, None, "-"
         if rank:
             return
-        self.path = Path(s.log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "x", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"LOG_DIR: expected a folder to write logs in, found {s.log_dir!r} with: "
-                            f"{error.strerror}; set LOG_DIR to another.") from None
+        self.path = log_folder(s) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
+        self.file = open(self.path, "x", encoding="utf-8")
         print(f"log: {self.path}", flush=True)
 
     def write(self, *lines: str, console: bool = True) -> None:
@@ -1096,14 +1157,14 @@ class Log:
         elapsed = clock.milliseconds()
         return f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms"
 
-    def step(self, step: int, loss: Tensor, ready: Callable[[], object], clock: Clock) -> None:
+    def step(self, step: int, loss: Callable[[], float], clock: Clock) -> None:
         """Note that `step` steps are enqueued, and write the line of the one before.
 
-        The loss, a mean over the batch, is there once `ready` has returned. To wait for it one step late
-        keeps a GPU busy meanwhile. On the CPU nothing is enqueued, so the line is written at once.
+        loss waits for the step's mean loss. A GPU has the next step to do while it waits; on the CPU nothing
+        is enqueued, so the line is written at once.
         """
         self.flush(clock)
-        self.pending = (step, loss, ready)
+        self.pending = (step, loss)
         if clock.device.type == "cpu":
             self.flush(clock)
 
@@ -1111,26 +1172,25 @@ class Log:
         """Write the line that is still to come, if there is one."""
         if self.pending is None:
             return
-        (step, loss, ready), self.pending = self.pending, None
-        ready()
+        (step, loss), self.pending, s = self.pending, None, self.settings
+        value = loss()  # on every rank, so that none runs further ahead than the others
         if self.file is None:
             return
-        loss, s = loss.item(), self.settings
-        self.write(f"step:{step}/{s.num_iterations} {self.times(step, clock)} train_loss:{loss:.4f}",
+        self.write(f"step:{step}/{s.num_iterations} {self.times(step, clock)} train_loss:{value:.4f}",
                    console=self.bar is None)
         if self.bar is not None:
             average = clock.milliseconds() / step
-            self.bar.set_postfix_str(f"train {loss:.3f}, val {self.val_loss:.3f}, {average:.0f} ms/step, "
+            self.bar.set_postfix_str(f"train {value:.3f}, val {self.val_loss}, {average:.0f} ms/step, "
                                      f"{1000 * s.batch_tokens / average:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
 
     def validation(self, step: int, val_loss: float, clock: Clock) -> None:
-        self.val_loss = val_loss
+        self.val_loss = f"{val_loss:.3f}"
         times = self.times(step, clock)
         self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {times}")
 
     def result(self, step: int, val_loss: float, clock: Clock) -> None:
-        """The run's last words, for people and for programs."""
+        """The final lines, for people and for programs."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -1189,11 +1249,26 @@ def describe_model(s: Settings) -> str:
 def describe_data(shards: list[TokenShard], plan: DataPlan, s: Settings) -> str:
     available = sum(shard.num_tokens for shard in shards)
     return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {available:,} available in "
-            f"{len(shards)} shard{'s' * (len(shards) > 1)}; {plan}")
+            f"{counted(len(shards), 'shard')}; {plan}")
 
 
-def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings):
-    """One optimizer step. Returns the batch's mean loss, and a function that waits until it is there."""
+def fetch_later(x: Tensor) -> Callable[[], float]:
+    """Start copying a scalar to the host; the result waits for the copy, but not for what comes after it."""
+    if x.device.type == "cpu":
+        return x.item
+    host, arrived = torch.empty((), pin_memory=True), torch.cuda.Event()
+    host.copy_(x, non_blocking=True)
+    arrived.record()
+
+    def value() -> float:
+        arrived.synchronize()
+        return host.item()
+
+    return value
+
+
+def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings) -> Callable[[], float]:
+    """One optimizer step. Returns a function that waits until it is done, and gives the batch's mean loss."""
     losses = []
     for _ in range(loader.batch.per_rank):
         loss = forward(*loader.next_batch(), attention_windows(step, s))
@@ -1202,7 +1277,16 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings)
     mean = torch.stack(losses).sum() / s.batch_tokens
     work = dist.all_reduce(mean, async_op=True) if loader.batch.world_size > 1 else None
     optimizer_step(optimizers, lr_scale=lr_scale(step, s), momentum=muon_momentum(step, s))
-    return mean, (work.wait if work else lambda: None)
+    if work is not None:
+        work.wait()
+    return fetch_later(mean)
+
+
+def compiled(model: GPT, s: Settings, **options):
+    """The model under torch.compile: one graph a window size, in training and in evaluation."""
+    graphs = 2 * len(window_steps(s))
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
+    return torch.compile(model, dynamic=False, fullgraph=True, **options)
 
 
 def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -> None:
@@ -1243,6 +1327,8 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
     """The race: train and validate until the target or the last step, on a clock that validation stops."""
     clock = Clock(model.scalars.device)
     log.open_bar()
+    if world.size > 1:
+        dist.barrier()  # the clock starts when the last rank is ready
     clock.start()
     for step in range(s.num_iterations + 1):
         last_step = step == s.num_iterations
@@ -1251,40 +1337,51 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
             log.flush(clock)
             val_loss = validate(model, forward, val_tokens, s, world, step)
             log.validation(step, val_loss, clock)
+            if not math.isfinite(val_loss):
+                raise UserError(f"step {step}: expected a finite validation loss, found {val_loss}: the "
+                                "training has diverged; lower the learning rates.")
             if last_step or val_loss <= s.target_loss:
                 break
             clock.start()
-        loss, ready = train_step(forward, optimizers, loader, step, s)
-        log.step(step + 1, loss, ready, clock)
+        loss = train_step(forward, optimizers, loader, step, s)
+        log.step(step + 1, loss, clock)
     log.result(step, val_loss, clock)
 
 
 def ensure_demo_data(s: Settings) -> None:
-    """Build the demo's shards where its default pattern finds none. Raises UserError where that fails."""
-    root = Path(s.data_path or HERE)
-    if s.train_files != PRESETS["demo"]["train_files"] or find_files(root, s.train_files):
+    """Build the demo's shards where its own patterns find none. Raises UserError where that fails."""
+    root, demo = data_root(s), PRESETS["demo"]
+    own = [pattern for pattern in (s.train_files, s.val_files) if pattern in demo.values()]
+    if all(find_files(root, pattern) for pattern in own):
         return
     command = [sys.executable, str(HERE / "data" / "demo_corpus.py"), str(root / DEMO_DATA)]
     result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        said = (result.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise UserError(f"{root / DEMO_DATA}: expected data/demo_corpus.py to build shards, found: {said}")
+        raise UserError((result.stderr.strip().splitlines() or ["data/demo_corpus.py failed"])[-1])
 
 
-def planned_world_size(s: Settings, device: torch.device, environ) -> int:
+def check_compiler(s: Settings, device: torch.device) -> None:
+    """Raises UserError (exit code 2) where torch.compile would find no compiler for its code."""
+    names = ("CC", "gcc", "clang", "cc") if device.type == "cuda" else ("CXX", "g++", "clang++", "c++")
+    if s.torch_compile and not any(map(shutil.which, (os.environ.get(names[0], ""), *names[1:]))):
+        raise UserError(f"TORCH_COMPILE: expected a compiler ({', '.join(names[1:])}) on PATH, found none; "
+                        "install one (Debian, Ubuntu: apt install build-essential) or set TORCH_COMPILE=0.",
+                        exit_code=2)
+
+
+def planned_world_size(s: Settings, device: torch.device) -> int:
     """How many processes run.sh starts: NPROC, or as many as GPUs and batch allow. Raises UserError."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    asked = environ.get("NPROC") or str(largest_world_size(s, gpus))
-    if not asked.isdecimal() or int(asked) < 1 or (gpus and int(asked) > gpus):
-        most = f" and at most {gpus}, one a GPU" if gpus else ""
-        raise UserError(f"NPROC: expected a whole number of at least 1{most}, found {asked!r}.", exit_code=2)
-    return int(asked)
+    if gpus and s.nproc > gpus:
+        raise UserError(f"NPROC: expected at most {gpus}, one a GPU, found {s.nproc}.", exit_code=2)
+    return s.nproc or largest_world_size(s, gpus)
 
 
 def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: bool) -> None:
     """--dry-run and --nproc: all that can be found out before processes are started and a GPU is used."""
     device, why_device = choose_device(s, World(0, 1, 0, 1))
-    batch = plan_batch(s, planned_world_size(s, device, os.environ))
+    check_compiler(s, device)
+    batch = plan_batch(s, planned_world_size(s, device))
     if dry_run:
         print(why_preset, f"device: {device.type}, {why_device}", "settings:", sep="\n")
         print(*("  " + line for line in describe_settings(s, overrides)), sep="\n")
@@ -1292,29 +1389,31 @@ def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: 
               describe_model(s), sep="\n", flush=True)
     ensure_demo_data(s)
     shards, _, plan = check_data(s, batch)
+    if not dry_run:
+        log_folder(s)
     print(describe_data(shards, plan, s) if dry_run else batch.world_size)
 
 
 def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> None:
     """From settings to the end of the race. Raises UserError for what the user can put right."""
+    source = Path(__file__).read_text(encoding="utf-8")  # now, before anybody edits it
     device, why_device = choose_device(s, world)
+    check_compiler(s, device)
     batch = plan_batch(s, world.size)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    if world.size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if world.local_rank == 0:
         ensure_demo_data(s)
-    if world.size > 1:
-        dist.barrier()
+    if world.size > 1:  # waits for every rank, and so for the data
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     shards, val_tokens, plan = check_data(s, batch)
 
     log = Log(s, world.rank)
     kernels, why_kernels = choose_kernels(device)
     line = "=" * 100
-    log.write((HERE / "train_gpt.py").read_text(encoding="utf-8"), line, *describe_environment(device), line,
-              *describe_settings(s, overrides), line, console=False)
+    log.write(source, line, *describe_environment(device), line, *describe_settings(s, overrides), line,
+              console=False)
     log.write(why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
               describe_model(s), describe_data(shards, plan, s))
 
@@ -1326,22 +1425,24 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
             dist.broadcast(p.data, 0)
     optimizers = make_optimizers(model, s, world.rank, world.size)
     loader = TrainLoader(shards, s, batch, plan, world.rank, device)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if s.torch_compile else model
+    forward = compiled(model, s) if s.torch_compile else model
     warm_up(model, forward, optimizers, loader, s)
     train(model, forward, optimizers, loader, val_tokens, s, world, log)
+    if world.size > 1:  # only after success: a rank that failed must not wait for the others
+        dist.destroy_process_group()
 
 
 def parse_arguments(argv) -> argparse.Namespace:
     """The command line; --help lists the settings from the dataclass."""
     rows = ["settings, from the environment:",
-            "PRESET\n      speedrun | demo: left out, speedrun with a CUDA GPU and FineWeb shards, else demo",
-            "NPROC\n      processes that run.sh starts: left out, what GPUs and batch allow, 1 on a CPU"]
+            "PRESET\n      speedrun or demo\n      default: speedrun with a CUDA GPU and FineWeb, else demo"]
     for f in fields(Settings):
         demo = PRESETS["demo"].get(f.name, f.default)
-        default = f"default {f.default!r}" + (f", in the demo {demo!r}" if demo != f.default else "")
-        choices = f.metadata["choices"] and " | ".join(f.metadata["choices"])
-        about = ": ".join(part for part in (choices, f.metadata["unit"], f.metadata["meaning"]) if part)
-        rows.append(f"{f.name.upper()}\n      {about}\n      {default}")
+        shown = [repr(int(x) if f.type is bool else x) for x in (f.default, demo)]
+        default = f"default: {shown[0]}" + (f", in the demo {shown[1]}" if demo != f.default else "")
+        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+        choices = f" (one of {', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append(f"{f.name.upper()}{unit}\n      {f.metadata['meaning']}{choices}\n      {default}")
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n  ".join(rows),
         description="Train a GPT-2-sized model to a target validation loss in the least wall-clock time.")
@@ -1354,23 +1455,23 @@ def parse_arguments(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     """Returns the exit code: 0, 2 for wrong settings, 1 for anything else that the user can put right."""
     args = parse_arguments(argv)
-    speaks = True
+    speaker = ""
     try:
         world = World.from_environ(os.environ)
-        speaks = world.local_rank == 0  # all ranks of a node find the same
+        speaker = f"rank {world.rank}: " if world.local_rank else ""
         preset, why_preset = choose_preset(os.environ)
         s, overrides = resolve_settings(os.environ, preset)
-        if args.dry_run or args.nproc:
-            plan_only(s, overrides, why_preset, args.dry_run)
-        else:
+        if not (args.dry_run or args.nproc):
             run(s, overrides, why_preset, world)
+        elif world.rank == 0:
+            plan_only(s, overrides, why_preset, args.dry_run)
     except UserError as error:
-        if speaks:
-            print(error, file=sys.stderr)
+        if error.exit_code != 2 or not speaker:  # wrong settings are the same on every rank
+            print(f"{speaker}{error}", file=sys.stderr)
         return error.exit_code
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        print(f"{speaker}stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 

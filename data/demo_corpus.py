@@ -4,10 +4,10 @@ Build the demo's corpus: the source texts of the standard library of the Python 
     python data/demo_corpus.py [FOLDER]        # default: data/stdlib-VERSION beside this script
 
 Each text is a document: its UTF-8 bytes as ids 0-255, opened by BOS = 256. Every 16th module is held out
-for validation. Left out are tests, which many distributions do not carry, installed packages, and the
-tables that were generated, not written (character maps, help topics, build flags). The order is shuffled,
-always in the same way, so that any stretch of it is a mixture. Needs nothing but the standard library and
-numpy; the shard format is described in train_gpt.py.
+for validation, cut at 2,048 bytes, so that a short validation covers most of them. Not included are tests
+(many distributions lack them), installed packages, and generated tables (character maps, help topics, build
+flags). The order is shuffled, always in the same way, so that any stretch is a mixture. Needs numpy and the
+standard library; the shard format is described in train_gpt.py.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 
 BOS = 256
 HELD_OUT = 16
+HELD_OUT_BYTES = 2048
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
@@ -46,7 +47,7 @@ def standard_library() -> dict[str, bytes]:
 
 
 def write_shard(path: Path, documents: list[bytes]) -> int:
-    """Write a token shard, in place at once or not at all; returns its number of tokens."""
+    """Write a token shard atomically; returns its number of tokens."""
     tokens = np.concatenate([np.concatenate(([BOS], np.frombuffer(text, np.uint8))) for text in documents])
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, len(tokens)  # magic, version, number of tokens
@@ -78,7 +79,8 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    held_out, training = texts[::HELD_OUT], [text for i, text in enumerate(texts) if i % HELD_OUT]
+    held_out = [text[:HELD_OUT_BYTES] for text in texts[::HELD_OUT]]
+    training = [text for i, text in enumerate(texts) if i % HELD_OUT]
     shuffle = random.Random(0).shuffle
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,8 @@ def main() -> int:
             print(f"{folder / f'stdlib_{name}.bin'}: {len(documents)} documents, {count:,} tokens")
     except OSError as error:
         print(
-            f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}.",
+            f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}; "
+            "set DATA_PATH to a folder where you may write.",
             file=sys.stderr,
         )
         return 1

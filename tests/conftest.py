@@ -1,15 +1,17 @@
-"""What the tests share: the script as a module, small settings, and shards on disk."""
+"""What the tests share: the script as a module, small settings and models, shards on disk, and launches."""
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
@@ -42,6 +44,22 @@ def small():
     return replace(train_gpt.Settings(), **SMALL)
 
 
+@pytest.fixture
+def data(small, tmp_path):
+    """Settings of a small run on the CPU: a good training and a good validation shard, logs in tmp_path."""
+    write_shard(tmp_path / "train_0.bin", np.concatenate(random_documents(1, 200)))
+    write_shard(tmp_path / "val_0.bin", np.concatenate(random_documents(2, 40)))
+    patterns = dict(train_files=str(tmp_path / "train_*.bin"), val_files=str(tmp_path / "val_*.bin"))
+    return replace(small, device="cpu", log_dir=str(tmp_path / "logs"), **patterns)
+
+
+def fresh_model(s, seed=0):
+    """A model on the CPU with its initial weights."""
+    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
+    train_gpt.init_weights(model, seed)
+    return model
+
+
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
     """A token shard as system facts have it: 256 int32 of header, then uint16 tokens."""
     header = np.zeros(256, dtype="<i4")
@@ -56,19 +74,22 @@ def random_documents(seed, count, longest=90, vocab_size=50, bos=49):
     return [np.append(bos, rng.integers(0, bos, size=rng.integers(0, longest))) for _ in range(count)]
 
 
-def environment(**overrides):
-    """The environment of a run: this one, less any setting and torchrun's variables, with overrides."""
-    known = {f.upper() for f in train_gpt.Settings.__dataclass_fields__} | {
-        "PRESET",
-        "NPROC",
-        "OMP_NUM_THREADS",
-    }
+def overrides(s):
+    """The environment that makes these settings: those that are not the speedrun's."""
+    values = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
+    return {"PRESET": "speedrun"} | {name.upper(): value for name, value in values.items()}
+
+
+def environment(**changes):
+    """A run's environment: this one, less any setting and torchrun's variables, and changes (None: unset)."""
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    clean = {name: value for name, value in os.environ.items() if name not in known | torchrun}
-    return clean | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in overrides.items()}
+    dropped = {f.name.upper() for f in fields(train_gpt.Settings)} | {"PRESET"} | torchrun
+    clean = {name: value for name, value in os.environ.items() if name not in dropped}
+    clean |= {"OMP_NUM_THREADS": 1} | changes
+    return {name: str(value) for name, value in clean.items() if value is not None}
 
 
-def launch(*arguments, nproc=1, cwd=None, timeout=120, script=ROOT / "train_gpt.py", **overrides):
+def launch(*arguments, nproc=1, cwd=None, timeout=120, script=ROOT / "train_gpt.py", **changes):
     """Run a script as a user would: plain Python for one process, else torchrun; returns what it did."""
     start = (
         [sys.executable]
@@ -77,9 +98,21 @@ def launch(*arguments, nproc=1, cwd=None, timeout=120, script=ROOT / "train_gpt.
     )
     return subprocess.run(
         [*start, str(script), *map(str, arguments)],
-        env=environment(**overrides),
+        env=environment(**changes),
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd):
+    """A function that calls main() here, in the environment of some changes: (exit code, stdout, stderr)."""
+
+    def run(*arguments, **changes):
+        monkeypatch.setattr(os, "environ", environment(**changes))
+        code = train_gpt.main(list(arguments))
+        return code, *capfd.readouterr()
+
+    return run

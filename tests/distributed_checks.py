@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import SMALL
+from conftest import SMALL, fresh_model
 
 import train_gpt
 
@@ -172,9 +172,7 @@ def adam(rank, world_size, eps=0.05):
 
 def small_model(**changes):
     s = replace(train_gpt.Settings(), **{**SMALL, "vocab_multiple": 1, **changes})
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(torch.device("cpu"))[0])
-    train_gpt.init_weights(model, seed=1)
-    return model, s
+    return fresh_model(s, seed=1), s
 
 
 def step_on_random_grads(model, optimizers, rank, step):
@@ -276,9 +274,19 @@ def collectives_a_step_do_not_grow_with_the_blocks(rank, world_size):
     assert counts[4] == counts[12] == 2 * tensors, f"by number of blocks {counts}, {tensors} tensors"
 
 
+threads_after_run = []  # names; none where there is no /proc
+
+
+@check
+def a_run_ends_the_threads_of_its_process_group(rank, world_size):
+    """One that outlives the interpreter may abort a run that went well."""
+    assert not [name for name in threads_after_run if "gloo" in name], threads_after_run
+
+
 def main(folder):
     if train_gpt.main([]):
         return 1
+    threads_after_run.extend(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
     world = train_gpt.World.from_environ(os.environ)
     dist.init_process_group(
         "gloo",

@@ -8,26 +8,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_documents, write_shard
+from conftest import CPU, SMALL, random_documents, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
 
-CPU = torch.device("cpu")
 BOS = SMALL["bos_id"]
 
 
 # ---------------------------------------------------------------------------------------------------
 # Shards that are wrong, and data that do not suffice
-
-
-@pytest.fixture
-def data(small, tmp_path):
-    """Settings whose patterns match one good training shard and one good validation shard in tmp_path."""
-    write_shard(tmp_path / "train_0.bin", np.concatenate(random_documents(1, 200)))
-    write_shard(tmp_path / "val_0.bin", np.concatenate(random_documents(2, 40)))
-    return replace(small, train_files=str(tmp_path / "train_*.bin"), val_files=str(tmp_path / "val_*.bin"))
 
 
 def complaint(s):
@@ -72,7 +63,7 @@ WRONG = {  # what is done to a shard, and what the message must say was expected
         "1,032 bytes",
         "1,033 bytes",
     ),
-    "no tokens": (lambda path: write_shard(path, []), "", ""),
+    "no tokens": (lambda path: write_shard(path, []), "at least 1 token", "0"),
     "token beyond the vocabulary": (
         lambda path: write_shard(path, [BOS, 1, 2, 50]),
         "VOCAB_SIZE=50",
@@ -83,7 +74,7 @@ WRONG = {  # what is done to a shard, and what the message must say was expected
         "VOCAB_SIZE=50",
         "55 at token 2",
     ),
-    "no BOS": (lambda path: write_shard(path, [1, 2, 3]), "BOS_ID=49", "not one"),
+    "no BOS": (lambda path: write_shard(path, [1, 2, 3]), "BOS_ID=49", "no such token"),
 }
 
 
@@ -96,26 +87,42 @@ def test_a_wrong_shard_is_named_with_what_was_expected_and_found_and_a_remedy(da
         write_shard(tmp_path / "val_1.bin", np.concatenate(random_documents(3, 40)))
     text = complaint(data)
     assert text.startswith(f"{tmp_path / file}: expected ")
-    assert text.endswith("; delete it and make it again.")
-    said_expected, said_found = text.split(": expected ", 1)[1].split(", found ")
+    foreign = expected.startswith(("VOCAB_SIZE", "BOS_ID"))
+    assert ("; set PRESET, or VOCAB_SIZE and BOS_ID," if foreign else "; delete it and make it again") in text
+    assert text.endswith(", or name other files.")
+    said_expected, said_found = text.split("; ")[0].split(": expected ", 1)[1].split(", found ")
     assert expected in said_expected and found in said_found
     assert said_expected.split(", ")[0] not in said_found, "it found what it expected"
 
 
 @pytest.mark.parametrize("setting, pattern", [("train_files", "none_*.bin"), ("val_files", "none_*.bin")])
-def test_a_pattern_without_a_match_is_named_with_two_remedies(data, tmp_path, setting, pattern):
+def test_a_pattern_without_a_match_is_named_with_a_remedy(data, tmp_path, setting, pattern):
+    """An own pattern is to be corrected; where FineWeb is missing, it is fetched or the demo taken."""
     text = complaint(replace(data, **{setting: str(tmp_path / pattern)}))
-    assert text.startswith(f"{setting.upper()}: expected token shards at {tmp_path / pattern}, found none; ")
+    name = setting.upper()
+    assert text == (
+        f"{name}: expected token shards at {tmp_path / pattern}, found none; correct {name} or DATA_PATH."
+    )
+    text = complaint(
+        replace(data, data_path=str(tmp_path), **{setting: getattr(train_gpt.Settings, setting)})
+    )
+    assert text.startswith(f"{name}: expected token shards at {tmp_path}/data/fineweb10B/fineweb_")
     assert "python data/cached_fineweb10B.py" in text and "PRESET=demo" in text
 
 
-def test_a_folder_in_a_shards_place_is_an_unreadable_shard(data, tmp_path):
-    shard = tmp_path / "train_0.bin"
-    shard.unlink()
-    shard.mkdir()
+def test_a_folder_that_matches_a_pattern_is_no_shard(data, tmp_path):
+    (tmp_path / "train_1.bin").mkdir()
+    shards, _, _ = train_gpt.check_data(data, train_gpt.plan_batch(data, 1))
+    assert [shard.path.name for shard in shards] == ["train_0.bin"]
+    (tmp_path / "train_0.bin").unlink()
+    assert complaint(data).startswith("TRAIN_FILES: expected token shards at ")
+
+
+def test_a_file_that_is_gone_when_it_is_opened_is_an_unreadable_shard(data, tmp_path):
+    (tmp_path / "train_1.bin").symlink_to(tmp_path / "gone")
     text = complaint(data)
-    assert text.startswith(f"{shard}: expected a readable token shard, found") and "Is a directory" in text
-    assert ";" in text, "no remedy"
+    shard = tmp_path / "train_1.bin"
+    assert text.startswith(f"{shard}: expected a readable token shard, found: No such file or directory; ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
@@ -133,7 +140,7 @@ def test_too_few_tokens_for_the_planned_steps_are_counted_before_step_0(data, tm
     text = complaint(data)
     assert text.startswith(
         "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, "
-        "found 1,200 tokens in 1 shards, which feed 1 steps; "
+        "found 1,200 tokens in 1 shard, enough for 1 step; "
     )
     assert "lower NUM_ITERATIONS, raise EPOCHS=1, or add" in text
     train_gpt.check_data(replace(data, num_iterations=1), train_gpt.plan_batch(data, 1))
@@ -167,33 +174,36 @@ def test_shards_are_taken_in_name_order_and_validation_goes_on_across_them(data,
 # Training batches, against a packer of lists
 
 
-def pack(shards, slot_tokens, longest, epochs=1):
-    """Slots as (pieces, number of documents passed), from shards as lists of documents (lists of ids)."""
+def pack(shards, microbatch_tokens, longest, epochs=1):
+    """Microbatches as (pieces, documents passed so far), from shards as lists of documents (lists of ids)."""
     documents = [document for shard in shards for document in shard] * epochs
-    slots, passed = [], 0
+    microbatches, passed = [], 0
     while True:
-        room, pieces = slot_tokens + 1, []
+        room, pieces = microbatch_tokens + 1, []
         while room and passed < len(documents):
             piece = documents[passed][: min(longest, room)]
             pieces, room, passed = pieces + [piece], room - len(piece), passed + 1
         if room:
-            return slots
-        slots.append((pieces, passed))
+            return microbatches
+        microbatches.append((pieces, passed))
 
 
 class Corpus:
     """Shards on disk, given as lists of documents, with `junk` tokens before the first BOS of each."""
 
-    def __init__(self, folder, lengths, slot_tokens, longest, junk=None, **changes):
+    def __init__(self, folder, lengths, microbatch_tokens, longest, junk=None, **changes):
         rng = np.random.default_rng(0)
-        draw = lambda n: rng.integers(0, BOS, size=n).tolist()
+
+        def draw(n):
+            return rng.integers(0, BOS, size=n).tolist()
+
         self.shards = [[[BOS, *draw(length - 1)] for length in shard] for shard in lengths]
         self.junk = [draw(n) for n in junk or [0] * len(lengths)]
         self.s = replace(
             train_gpt.Settings(),
             **{
                 **SMALL,
-                "batch_tokens": 8 * slot_tokens,
+                "batch_tokens": 8 * microbatch_tokens,
                 "max_piece_tokens": longest,
                 "num_iterations": 1000,
                 **changes,
@@ -205,9 +215,9 @@ class Corpus:
         ]
         self.opened = [train_gpt.TokenShard(path, self.s) for path in paths]
 
-    def slots(self, slot_tokens=None):
-        slot_tokens = slot_tokens or self.s.batch_tokens // 8
-        return pack(self.shards, slot_tokens, self.s.max_piece_tokens, self.s.epochs)
+    def microbatches(self, microbatch_tokens=None):
+        microbatch_tokens = microbatch_tokens or self.s.batch_tokens // 8
+        return pack(self.shards, microbatch_tokens, self.s.max_piece_tokens, self.s.epochs)
 
     def plan(self, world_size=1):
         return train_gpt.plan_data(self.opened, train_gpt.plan_batch(self.s, world_size), self.s)
@@ -219,14 +229,14 @@ class Corpus:
         ]
 
     def batches(self, world_size=1):
-        """All ranks' batches of all steps, in the order of the slots."""
+        """All ranks' batches of all steps, in the order of the microbatches."""
         loaders = self.loaders(world_size)
         rounds = self.plan(world_size).steps_fed * train_gpt.plan_batch(self.s, world_size).per_rank
         return [loader.next_batch() for _ in range(rounds) for loader in loaders]
 
 
 def assert_batch_is(batch, pieces):
-    """Inputs, shifted targets and padded piece starts of one slot."""
+    """Inputs, shifted targets and padded piece starts of one microbatch."""
     tokens = sum(pieces, [])
     num_tokens = len(tokens) - 1
     starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
@@ -251,7 +261,7 @@ shard_lengths = st.builds(
 corpora = st.fixed_dictionaries(
     dict(
         lengths=st.lists(shard_lengths, min_size=1, max_size=3),
-        slot_tokens=st.integers(1, 24),
+        microbatch_tokens=st.integers(1, 24),
         longest=st.integers(1, 30),
         epochs=st.integers(1, 3),
     )
@@ -264,7 +274,7 @@ def test_batches_are_those_of_a_plain_packer_at_every_world_size(corpus, junk):
     """Pieces start at BOS, are cut at the limit and to fit, and their rests dropped, across all shards."""
     with TemporaryDirectory() as folder:
         corpus = Corpus(folder, junk=junk[: len(corpus["lengths"])], **corpus)
-        expected = corpus.slots()
+        expected = corpus.microbatches()
         expected = expected[: len(expected) // 8 * 8]
         for world_size in (1, 2, 4, 8):
             found = corpus.batches(world_size)
@@ -280,30 +290,30 @@ def test_batches_are_those_of_a_plain_packer_at_every_world_size(corpus, junk):
 def test_the_plan_counts_what_the_loader_can_serve(corpus, junk, num_iterations):
     with TemporaryDirectory() as folder:
         corpus = Corpus(folder, junk=junk[: len(corpus["lengths"])], num_iterations=num_iterations, **corpus)
-        plan, slots = corpus.plan(), corpus.slots()
-        steps = min(num_iterations, len(slots) // 8)
-        used_slots = slots[: 8 * steps]
+        plan, microbatches = corpus.plan(), corpus.microbatches()
+        steps = min(num_iterations, len(microbatches) // 8)
+        planned = microbatches[: 8 * steps]
         documents = [(i, document) for i, shard in enumerate(corpus.shards) for document in shard]
         documents *= corpus.s.epochs
-        passed = documents[: used_slots[-1][1] if used_slots else 0]
-        used = sum(len(piece) for pieces, _ in used_slots for piece in pieces)
+        passed = documents[: planned[-1][1] if planned else 0]
+        used = sum(len(piece) for pieces, _ in planned for piece in pieces)
         # of a shard that was entered, what stands before its first BOS was passed too, in every pass
         entered = [i for n, (i, document) in enumerate(passed) if document is corpus.shards[i][0]]
         total = sum(len(document) for _, document in passed) + sum(len(corpus.junk[i]) for i in entered)
         assert plan.steps_fed == steps
         assert plan.tokens_used == used == steps * 8 * (corpus.s.batch_tokens // 8 + 1)
         assert plan.tokens_dropped == total - used
-        assert plan.most_pieces == max((len(pieces) for pieces, _ in used_slots), default=0)
+        assert plan.most_pieces == max((len(pieces) for pieces, _ in planned), default=0)
         assert plan.passes == -(-len(passed) // (len(documents) // corpus.s.epochs))
         walk = train_gpt.DocumentWalk(corpus.opened, corpus.s.max_piece_tokens, corpus.s.epochs)
         served = 0
-        while served < 8 * num_iterations and walk.next_slot(corpus.s.batch_tokens // 8) is not None:
+        while served < 8 * num_iterations and walk.next_microbatch(corpus.s.batch_tokens // 8) is not None:
             served += 1
         assert served // 8 == plan.steps_fed
 
 
 def check_one_world(corpus, steps):
-    expected, found = corpus.slots(), corpus.batches()
+    expected, found = corpus.microbatches(), corpus.batches()
     assert len(found) == 8 * steps
     for batch, (pieces, _) in zip(found, expected):
         assert_batch_is(batch, pieces)
@@ -311,8 +321,9 @@ def check_one_world(corpus, steps):
 
 
 def test_a_batch_goes_on_across_the_end_of_a_shard_and_loses_nothing(tmp_path):
-    """Slots of 10 + 1 tokens and documents of 5 or 6: a shard ends within a slot, another within a step."""
-    corpus = Corpus(tmp_path, [[5, 6] * 5 + [5], [6] + [5, 6] * 9, [5, 6] * 2], slot_tokens=10, longest=30)
+    """Microbatches of 11 tokens, documents of 5 or 6: shards end within a microbatch and within a step."""
+    documents = [[5, 6] * 5 + [5], [6] + [5, 6] * 9, [5, 6] * 2]
+    corpus = Corpus(tmp_path, documents, microbatch_tokens=10, longest=30)
     check_one_world(corpus, steps=2)
     plan = corpus.plan()
     assert (plan.steps_fed, plan.tokens_used, plan.tokens_dropped) == (2, 176, 0)
@@ -321,7 +332,7 @@ def test_a_batch_goes_on_across_the_end_of_a_shard_and_loses_nothing(tmp_path):
 
 def test_all_documents_of_all_shards_are_used_once_and_in_order(tmp_path):
     """Where nothing needs cutting, the batches are the shards' own text."""
-    corpus = Corpus(tmp_path, [[4, 4] * 7, [8] * 2, [2] * 28], slot_tokens=7, longest=8)
+    corpus = Corpus(tmp_path, [[4, 4] * 7, [8] * 2, [2] * 28], microbatch_tokens=7, longest=8)
     found = check_one_world(corpus, steps=2)
     text = sum((document for shard in corpus.shards for document in shard), [])
     served = sum(([*batch.inputs.tolist(), batch.targets[-1].item()] for batch in found), [])
@@ -329,59 +340,59 @@ def test_all_documents_of_all_shards_are_used_once_and_in_order(tmp_path):
 
 
 def test_a_bos_as_last_token_of_a_shard_is_a_document_of_one_token(tmp_path):
-    corpus = Corpus(tmp_path, [[9] * 9 + [1], [8] * 14], slot_tokens=8, longest=30)
+    corpus = Corpus(tmp_path, [[9] * 9 + [1], [8] * 14], microbatch_tokens=8, longest=30)
     check_one_world(corpus, steps=2)
-    assert corpus.slots()[9][0][0] == [BOS]
+    assert corpus.microbatches()[9][0][0] == [BOS]
 
 
 def test_a_document_longer_than_everything_gives_one_piece_and_is_gone(tmp_path):
-    corpus = Corpus(tmp_path, [[5000] + [12] * 15], slot_tokens=6, longest=30)
+    corpus = Corpus(tmp_path, [[5000] + [12] * 15], microbatch_tokens=6, longest=30)
     found = check_one_world(corpus, steps=2)
     assert found[0].inputs.tolist() == corpus.shards[0][0][:6]
     assert corpus.plan().tokens_dropped == (5000 - 7) + 15 * 5
 
 
 def test_tokens_before_a_shards_first_bos_are_in_no_batch(tmp_path):
-    corpus = Corpus(tmp_path, [[8] * 4, [8] * 4], slot_tokens=7, longest=30, junk=[3, 5])
+    corpus = Corpus(tmp_path, [[8] * 4, [8] * 4], microbatch_tokens=7, longest=30, junk=[3, 5])
     found = check_one_world(corpus, steps=1)
     assert all(batch.inputs[0] == BOS for batch in found)
     assert corpus.plan().tokens_dropped == 8
 
 
 def test_more_pieces_than_one_in_300_tokens_still_fit(tmp_path):
-    corpus = Corpus(tmp_path, [[1] * 8 * 301], slot_tokens=300, longest=30)
+    corpus = Corpus(tmp_path, [[1] * 8 * 301], microbatch_tokens=300, longest=30)
     found = check_one_world(corpus, steps=1)
     assert {batch.cu_seqlens.shape for batch in found} == {(384,)}
     assert corpus.plan().most_pieces == 301
 
 
 def test_as_many_pieces_as_there_is_room_for_starts_leave_room_for_the_end(tmp_path):
-    corpus = Corpus(tmp_path, [([1] * 127 + [2]) * 8], slot_tokens=128, longest=30)
+    corpus = Corpus(tmp_path, [([1] * 127 + [2]) * 8], microbatch_tokens=128, longest=30)
     found = check_one_world(corpus, steps=1)
     assert all((batch.cu_seqlens < 128).sum() == 128 for batch in found)
 
 
 @pytest.mark.parametrize(
-    "slot_tokens, length", [(1_000, 128), (38_400, 128), (38_699, 128), (38_700, 256), (49_152, 256)]
+    "microbatch_tokens, length", [(1_000, 128), (38_400, 128), (38_699, 128), (38_700, 256), (49_152, 256)]
 )
-def test_piece_starts_are_padded_to_a_300th_of_the_tokens_rounded_up_to_128(tmp_path, slot_tokens, length):
+def test_piece_starts_are_padded_to_a_300th_of_the_tokens_up_to_128s(tmp_path, microbatch_tokens, length):
     corpus = Corpus(
         tmp_path,
-        [[slot_tokens + 1]],
-        slot_tokens,
-        longest=slot_tokens + 1,
+        [[microbatch_tokens + 1]],
+        microbatch_tokens,
+        longest=microbatch_tokens + 1,
         microbatches=1,
-        batch_tokens=slot_tokens,
+        batch_tokens=microbatch_tokens,
     )
     [batch] = corpus.batches()
-    assert batch.cu_seqlens.tolist() == [0] + [slot_tokens] * (length - 1)
+    assert batch.cu_seqlens.tolist() == [0] + [microbatch_tokens] * (length - 1)
 
 
 def test_sixteen_ranks_have_one_microbatch_of_half_the_length_each(tmp_path):
-    corpus = Corpus(tmp_path, [list(range(1, 41)) * 2], slot_tokens=16, longest=30)
+    corpus = Corpus(tmp_path, [list(range(1, 41)) * 2], microbatch_tokens=16, longest=30)
     plan = train_gpt.plan_batch(corpus.s, 16)
-    assert (plan.slots, plan.slot_tokens, plan.per_rank, plan.world_size) == (16, 8, 1, 16)
-    expected, found = corpus.slots(slot_tokens=8), corpus.batches(world_size=16)
+    assert (plan.microbatches, plan.microbatch_tokens, plan.per_rank, plan.world_size) == (16, 8, 1, 16)
+    expected, found = corpus.microbatches(microbatch_tokens=8), corpus.batches(world_size=16)
     assert len(found) == len(expected) // 16 * 16 > 16
     for batch, (pieces, _) in zip(found, expected):
         assert_batch_is(batch, pieces)

@@ -78,9 +78,9 @@ def test_without_gradients_the_head_loss_is_the_same_at_every_length(num_tokens)
 def test_the_head_loss_of_bfloat16_is_float32_and_softcaps_in_float32():
     """Only the product is rounded to bfloat16; a loss softcapped in bfloat16 would be off by about 1 %."""
     x, weight, targets = head_case(200, size=1.0)
-    x, weight = x.bfloat16(), weight.bfloat16()
-    loss = train_gpt.softcapped_head_loss(x, weight, targets)
-    logits = 30 * torch.sigmoid((x @ weight.T).double() / 7.5)
+    x = x.bfloat16()
+    loss = train_gpt.softcapped_head_loss(x, weight, targets)  # the weight is the float32 master
+    logits = 30 * torch.sigmoid((x @ weight.bfloat16().T).double() / 7.5)
     expected = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).sum()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)

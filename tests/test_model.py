@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CPU, fresh_model
 
 import train_gpt
 
-CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square if it is not told otherwise
 
 # Documents of 53 tokens: no multiple of the windows, one longer than the long window, one of a single token.
@@ -99,7 +99,7 @@ def plain_loss(
 # Shared
 
 
-def make_model(s, seed=0):
+def random_model(s, seed=0):
     """A model all of whose parameters are random and of a size that tells: gates, head, scalars too."""
     model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +154,7 @@ def with_weights(model, **changed):
 
 @pytest.mark.parametrize("windows", [(12, 4), (28, 12), (1000, 1), (8, 8)])
 def test_loss_and_gradients_are_those_of_the_plain_model(small, windows):
-    model, (inputs, targets, cu_seqlens) = make_model(small), batch_of(small)
+    model, (inputs, targets, cu_seqlens) = random_model(small), batch_of(small)
     loss = model(inputs, targets, cu_seqlens, windows)
     loss.backward()
     p = in_double(model)
@@ -189,7 +189,7 @@ LAYOUTS = [  # settings, and the same in the plain model's words
 @pytest.mark.parametrize("overrides, words", LAYOUTS, ids=[str(overrides) for overrides, _ in LAYOUTS])
 def test_every_layout_is_that_of_the_plain_model(small, overrides, words):
     s = replace(small, **overrides)
-    model, (inputs, targets, cu_seqlens) = make_model(s), batch_of(s)
+    model, (inputs, targets, cu_seqlens) = random_model(s), batch_of(s)
     with torch.no_grad():
         loss = model(inputs, targets, cu_seqlens, WINDOWS)
         expected = plain_loss(in_double(model), inputs.long(), targets, STARTS, WINDOWS, **words)
@@ -197,7 +197,7 @@ def test_every_layout_is_that_of_the_plain_model(small, overrides, words):
 
 
 def test_the_loss_is_summed_in_training_and_averaged_in_evaluation(small):
-    model = make_model(small)
+    model = random_model(small)
     training = model(*batch_of(small), WINDOWS)
     evaluation = model.eval()(*batch_of(small), WINDOWS)
     assert evaluation.item() == pytest.approx(training.item() / NUM_TOKENS, rel=1e-6)
@@ -205,7 +205,7 @@ def test_the_loss_is_summed_in_training_and_averaged_in_evaluation(small):
 
 def test_a_packed_sequence_costs_what_its_documents_cost_alone(small):
     """Documents do not see one another and, rotation being relative, do not notice where they stand."""
-    model, (inputs, targets, _) = make_model(small), batch_of(small)
+    model, (inputs, targets, _) = random_model(small), batch_of(small)
     with torch.no_grad():
         packed = model(inputs, targets, torch.tensor([*STARTS, NUM_TOKENS], dtype=torch.int32), WINDOWS)
         alone = [
@@ -216,14 +216,14 @@ def test_a_packed_sequence_costs_what_its_documents_cost_alone(small):
 
 
 def test_how_far_the_piece_starts_are_padded_does_not_matter(small):
-    model = make_model(small)
+    model = random_model(small)
     losses = [model(*batch_of(small, padding=padding), WINDOWS).item() for padding in (0, 1, 100)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-7)
 
 
 def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
     s, seen = replace(small, dtype="bfloat16"), {}
-    model = make_model(s)
+    model = random_model(s)
 
     def spy(name):
         kernel = getattr(model.kernels, name)
@@ -236,7 +236,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
 
     model.kernels = model.kernels._replace(attention=spy("attention"), head_loss=spy("head_loss"))
     loss = model(*batch_of(s), WINDOWS)
-    assert seen == dict(attention=[torch.bfloat16] * 4, head_loss=[torch.bfloat16] * 2)
+    assert seen == dict(attention=[torch.bfloat16] * 4, head_loss=[torch.bfloat16, torch.float32])
     assert loss.dtype == torch.float32
     inputs, targets, _ = batch_of(s)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
 
 def test_the_model_compiles_in_one_graph_with_the_same_loss_and_gradients(small):
     """fullgraph=True raises at a graph break; aot_eager traces backward too, and needs no C compiler."""
-    model = make_model(small)
+    model = random_model(small)
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")):
         model.zero_grad(set_to_none=True)
@@ -303,7 +303,7 @@ def test_rotation_is_computed_in_float32_whatever_the_dtype():
 def test_the_longest_sequence_of_training_or_validation_has_its_rotary_angles(small):
     for overrides, longest in ((dict(val_slice_tokens=16), 64), (dict(val_slice_tokens=128), 128)):
         s = replace(small, **overrides)
-        model = make_model(s)
+        model = random_model(s)
         assert len(model.cos) == len(model.sin) == longest
         assert model(*batch_of(s, num_tokens=longest), WINDOWS).isfinite()
 
@@ -323,11 +323,11 @@ def test_the_default_layout_is_that_of_the_race():
 
 @pytest.mark.parametrize("block", [1, 6, 11])
 def test_to_skip_an_mlp_is_to_have_one_whose_down_matrix_is_zero(small, block):
-    full = make_model(small)
+    full = random_model(small)
     before = loss_of(full, small)
     s = replace(small, skip_mlp=f"0,{block}")
     row = 2 * (block - 1)  # block 0 has none
-    skipping = make_model(s)
+    skipping = random_model(s)
     for name, p in full.named_parameters():
         without = torch.cat((p.data[:row], p.data[row + 2 :])) if name == "mlp_bank" else p.data
         with_weights(skipping, **{name: lambda q, without=without: q.copy_(without)})
@@ -338,11 +338,11 @@ def test_to_skip_an_mlp_is_to_have_one_whose_down_matrix_is_zero(small, block):
 
 @pytest.mark.parametrize("block", [3, 5, 8])
 def test_to_skip_attention_is_to_have_one_whose_output_projection_is_zero(small, block):
-    full = make_model(small)
+    full = random_model(small)
     before = loss_of(full, small)
     s = replace(small, skip_attn=f"7,{block}")
     place = block - (block > 7)  # block 7 has none
-    skipping = make_model(s)
+    skipping = random_model(s)
     rows = dict(attn_bank=4, gate_bank=1)
     for name, p in full.named_parameters():
         n = rows.get(name, 0)
@@ -355,11 +355,11 @@ def test_to_skip_attention_is_to_have_one_whose_output_projection_is_zero(small,
 
 @pytest.mark.parametrize("block", [0, 2, 10])
 def test_a_block_without_a_value_embedding_is_one_that_weighs_it_by_zero(small, block):
-    full = make_model(small)
+    full = random_model(small)
     before = loss_of(full, small)
     pattern = "".join("." if i == block else table for i, table in enumerate("012......012"))
     s = replace(small, value_embeds=pattern)
-    without = loss_of(make_model(s), s)
+    without = loss_of(random_model(s), s)
     zeroed = loss_of(with_weights(full, scalars=lambda p: p[block, 4].zero_()), small)
     assert without == pytest.approx(zeroed, rel=1e-6)
     assert without != pytest.approx(before, rel=1e-3)
@@ -367,9 +367,9 @@ def test_a_block_without_a_value_embedding_is_one_that_weighs_it_by_zero(small, 
 
 def test_attention_without_gates_is_twice_that_with_gates_of_zero(small):
     """sigmoid(0) is a half."""
-    gated, s = make_model(small), replace(small, gate_channels=0)
+    gated, s = random_model(small), replace(small, gate_channels=0)
     before = loss_of(gated, small)
-    gateless = make_model(s)
+    gateless = random_model(s)
     for name in dict(gateless.named_parameters()):
         with_weights(gateless, **{name: lambda q, name=name: q.copy_(getattr(gated, name))})
     zeroed = with_weights(gated, gate_bank=torch.zero_, attn_bank=lambda p: p[3::4].mul_(2))
@@ -381,8 +381,8 @@ def test_attention_without_gates_is_twice_that_with_gates_of_zero(small):
 def test_a_letter_of_the_window_pattern_counts_where_there_is_attention_and_two_windows(small, block):
     pattern = "LSSSLSSLSSSL"
     other = pattern[:block] + {"L": "S", "S": "L"}[pattern[block]] + pattern[block + 1 :]
-    s, model = replace(small, window_pattern=other), make_model(small)
-    changed = make_model(s)
+    s, model = replace(small, window_pattern=other), random_model(small)
+    changed = random_model(s)
     assert loss_of(changed, s, (8, 8)) == loss_of(model, small, (8, 8))
     same = loss_of(changed, s, (12, 2)) == pytest.approx(loss_of(model, small, (12, 2)), rel=1e-6)
     assert same == (block == 7)
@@ -410,12 +410,12 @@ def test_the_parameters_of_the_race_have_their_shapes_and_dtypes():
 
 def test_a_layout_without_a_part_has_no_parameter_for_it(small):
     s = replace(small, skip_attn=",".join(map(str, range(12))), value_embeds="." * 12)
-    names = {name for name, _ in make_model(s).named_parameters()}
+    names = {name for name, _ in random_model(s).named_parameters()}
     assert names == {"embed", "mlp_bank", "lm_head", "scalars"}
 
 
 def test_the_gradient_reaches_every_matrix_gate_table_and_scalar_that_is_used(small):
-    model, (inputs, targets, cu_seqlens) = make_model(small), batch_of(small)
+    model, (inputs, targets, cu_seqlens) = random_model(small), batch_of(small)
     model(inputs, targets, cu_seqlens, WINDOWS).backward()
     for bank in (model.attn_bank, model.gate_bank, model.mlp_bank):
         assert (bank.grad.abs().amax(dim=(1, 2)) > 1e-4).all()
@@ -432,15 +432,9 @@ def test_the_gradient_reaches_every_matrix_gate_table_and_scalar_that_is_used(sm
 # Initial weights
 
 
-def fresh(s, seed=0):
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
-    train_gpt.init_weights(model, seed)
-    return model
-
-
 @pytest.mark.parametrize("model_dim", [32, 64])
 def test_qkv_and_mlp_up_start_uniform_with_standard_deviation_half_over_root_of_the_width(small, model_dim):
-    model = fresh(replace(small, model_dim=model_dim))
+    model = fresh_model(replace(small, model_dim=model_dim))
     std = 0.5 / math.sqrt(model_dim)
     qkv = model.attn_bank.detach().unflatten(0, (11, 4))[:, :3]
     up = model.mlp_bank.detach().unflatten(0, (11, 2))[:, 0]
@@ -453,14 +447,14 @@ def test_qkv_and_mlp_up_start_uniform_with_standard_deviation_half_over_root_of_
 
 
 def test_output_projections_mlp_down_head_and_gates_start_at_zero(small):
-    model = fresh(small)
+    model = fresh_model(small)
     for zero in (model.attn_bank[3::4], model.mlp_bank[1::2], model.lm_head, model.gate_bank):
         assert zero.numel() and not zero.any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_embedding_and_value_embeddings_start_standard_normal(small, dtype):
-    model = fresh(replace(small, vocab_size=500, dtype=dtype))
+    model = fresh_model(replace(small, vocab_size=500, dtype=dtype))
     for table in (model.embed, *model.value_embeds.split(504)):
         assert len(table) == 504 and table.dtype == getattr(torch, dtype)
         values = table.detach().float()
@@ -471,11 +465,11 @@ def test_embedding_and_value_embeddings_start_standard_normal(small, dtype):
 
 def test_scalars_start_at_their_neutral_values(small):
     """Skip 1, lambda (1, 0), sigma (0.5, 0.5), in every block."""
-    assert fresh(small).scalars.tolist() == [[1.0, 1.0, 0.0, 0.5, 0.5]] * 12
+    assert fresh_model(small).scalars.tolist() == [[1.0, 1.0, 0.0, 0.5, 0.5]] * 12
 
 
 def test_no_two_matrices_or_tables_start_alike(small):
-    model = fresh(small)
+    model = fresh_model(small)
     drawn = [
         *model.attn_bank.unflatten(0, (11, 4))[:, :3].flatten(0, 1),
         *model.mlp_bank[::2],
@@ -487,15 +481,15 @@ def test_no_two_matrices_or_tables_start_alike(small):
 
 
 def test_a_fresh_model_is_indifferent_between_all_ids_of_the_padded_vocabulary(small):
-    loss = fresh(small).eval()(*batch_of(small), WINDOWS)
+    loss = fresh_model(small).eval()(*batch_of(small), WINDOWS)
     assert loss.item() == pytest.approx(math.log(small.padded_vocab), rel=1e-6)
 
 
 def test_the_seed_alone_decides_the_initial_weights(small):
     torch.manual_seed(1)
-    first = fresh(small, seed=5)
+    first = fresh_model(small, seed=5)
     torch.manual_seed(2)
-    second, other = fresh(small, seed=5), fresh(small, seed=6)
+    second, other = fresh_model(small, seed=5), fresh_model(small, seed=6)
     for name, p in first.named_parameters():
         assert torch.equal(p, getattr(second, name)), name
         drawn = name in ("embed", "value_embeds", "attn_bank", "mlp_bank")

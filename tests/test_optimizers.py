@@ -7,18 +7,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, launch, random_documents, write_shard
+from conftest import CPU, ROOT, SMALL, fresh_model, launch, overrides, random_documents, write_shard
 from distributed_checks import CHECKS, LOCAL_CHECKS, plain_orthogonal
 
 import train_gpt
-
-CPU = torch.device("cpu")
-
-
-def make_model(s, seed=0):
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
-    train_gpt.init_weights(model, seed)
-    return model
 
 
 def one_parameter(kind, value, *settings, lr_mult=1.0):
@@ -37,8 +29,8 @@ def step(optimizer, p, grad, lr_scale=1.0, momentum=0.0):
 
 
 @pytest.mark.parametrize("name", LOCAL_CHECKS)
-def test_one_rank(name):
-    """Each promise of distributed_checks.py that also means something in a world of one."""
+def test_one_rank_keeps_every_promise_of_the_optimizers(name):
+    """The checks of distributed_checks.py that also mean something in a world of one."""
     LOCAL_CHECKS[name](0, 1)
 
 
@@ -82,7 +74,7 @@ def test_a_tall_matrix_moves_further_by_the_root_of_its_shape_and_a_wide_one_doe
 
 
 def test_each_of_q_k_v_and_output_projection_is_orthogonalised_on_its_own(small):
-    model = make_model(small)
+    model = fresh_model(small)
     muon = train_gpt.make_optimizers(model, small, 0, 1)[0]
     torch.manual_seed(0)
     grad = torch.randn_like(model.attn_bank)
@@ -121,7 +113,7 @@ def test_muon_orthogonalises_in_the_dtype_that_the_settings_name(small):
     used = []
     for dtype in ("bfloat16", "float32"):
         s = replace(small, dtype=dtype)
-        model = make_model(s)
+        model = fresh_model(s)
         model.kernels = model.kernels._replace(
             orthogonalize=lambda x, dtype: used.append(dtype) or train_gpt.newton_schulz(x, dtype)
         )
@@ -135,7 +127,7 @@ def test_muon_orthogonalises_in_the_dtype_that_the_settings_name(small):
 
 
 def test_a_step_uses_the_gradients_up(small):
-    model = make_model(small)
+    model = fresh_model(small)
     optimizers = train_gpt.make_optimizers(model, small, 0, 1)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -153,14 +145,14 @@ def test_a_step_uses_the_gradients_up(small):
 )
 def test_every_parameter_has_exactly_one_optimizer(small, changes):
     s = replace(small, **changes)
-    model = make_model(s)
+    model = fresh_model(s)
     optimizers = train_gpt.make_optimizers(model, s, 0, 1)
     trained = [shard.param for optimizer in optimizers for shard in optimizer.shards]
     assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
 
 
 def test_a_parameter_that_no_optimizer_knows_raises_key_error(small):
-    model = make_model(small)
+    model = fresh_model(small)
     model.register_parameter("newcomer", torch.nn.Parameter(torch.zeros(3, 3)))
     with pytest.raises(KeyError, match="newcomer"):
         train_gpt.make_optimizers(model, small, 0, 1)
@@ -174,7 +166,7 @@ def test_the_defaults_are_the_races_rates_and_multiples(small):
         if re.match("muon_lr|adam_|embed_lr|head_lr|scalar_lr", f.name)
     }
     s = replace(small, dtype="bfloat16", **rates)
-    muon, adam = train_gpt.make_optimizers(make_model(s), s, 0, 1)
+    muon, adam = train_gpt.make_optimizers(fresh_model(s), s, 0, 1)
     assert (muon.lr, muon.dtype) == (0.05, torch.bfloat16)
     assert (adam.lr, adam.betas, adam.eps) == (0.008, (0.8, 0.95), 1e-10)
     assert {shard.name: shard.lr_mult for shard in muon.shards} == dict(attn_bank=1, gate_bank=1, mlp_bank=1)
@@ -198,7 +190,7 @@ def start(small, tmp_path):
     batch = train_gpt.plan_batch(small, 1)
 
     def build():
-        model = make_model(small)
+        model = fresh_model(small)
         with torch.no_grad():  # away from the zeros that hide gradients
             for p in model.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -261,7 +253,7 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(small, start):
         model, optimizers, loader = start()
         if warm:
             train_gpt.warm_up(model, model, optimizers, loader, small)
-        losses[warm] = [train_gpt.train_step(model, optimizers, loader, i, small)[0].item() for i in range(3)]
+        losses[warm] = [train_gpt.train_step(model, optimizers, loader, i, small)() for i in range(3)]
     assert losses[True] == losses[False] and len(set(losses[True])) == 3
 
 
@@ -287,10 +279,9 @@ def test_a_train_step_sums_gradients_over_microbatches_and_reports_the_mean_loss
         found["rates"] = lr_scale, momentum
 
     monkeypatch.setattr(train_gpt, "optimizer_step", keep)
-    mean, ready = train_gpt.train_step(model, optimizers, loader, 1, small)
-    ready()
+    mean = train_gpt.train_step(model, optimizers, loader, 1, small)
     assert found.pop("rates") == (1.0, pytest.approx(0.85 + 0.1 / 300))
-    assert mean.item() == pytest.approx(sum(losses) / 512, rel=1e-5)
+    assert mean() == pytest.approx(sum(losses) / 512, rel=1e-5)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
@@ -310,16 +301,11 @@ def worlds(tmp_path_factory):
     for name, seed, count in (("train_0", 1, 100), ("train_1", 2, 90), ("val_0", 3, 12)):
         write_shard(data / f"{name}.bin", np.concatenate(random_documents(seed, count)))
 
+    s = replace(train_gpt.Settings(), **SMALL, device="cpu", target_loss=0.0, scalar_lr_mult=0.01)
+    s = replace(s, train_files=str(data / "train_*.bin"), val_files=str(data / "val_*.bin"))
+
     def settings(folder):
-        return {name.upper(): value for name, value in SMALL.items()} | dict(
-            PRESET="speedrun",
-            DEVICE="cpu",
-            TARGET_LOSS=0,
-            SCALAR_LR_MULT=0.01,
-            TRAIN_FILES=data / "train_*.bin",
-            VAL_FILES=data / "val_*.bin",
-            LOG_DIR=folder,
-        )
+        return overrides(replace(s, log_dir=str(folder)))
 
     def start(world_size, repetition=0):
         if (world_size, repetition) not in made:
@@ -352,8 +338,8 @@ def losses_of(log):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("name", CHECKS)
-def test_several_ranks(worlds, world_size, name):
-    """Each promise of distributed_checks.py, with rows that do not divide, other gradients on each rank."""
+def test_several_ranks_keep_every_promise_of_the_optimizers(worlds, world_size, name):
+    """The checks of distributed_checks.py, with rows that do not divide and other gradients on each rank."""
     results, _ = worlds(world_size)
     assert results[name] is None, results[name]
 

@@ -9,33 +9,17 @@ import struct
 import subprocess
 import sys
 import termios
-from dataclasses import replace
+from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, launch, random_documents, write_shard
+from conftest import ROOT, environment, fresh_model, launch, overrides
 
 import train_gpt
-from train_gpt import Clock, Log, Settings, train
+from train_gpt import Clock, Log, Settings, UserError, World, train
 
 STEP = re.compile(r"step:(\d+)/(\d+) train_time:(\d+)ms step_avg:([\d.]+)ms train_loss:([\d.]+)")
 VALIDATION = re.compile(r"step:(\d+)/(\d+) val_loss:([\d.]+) train_time:(\d+)ms step_avg:([\d.]+)ms")
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Overrides for a run of the small model on random documents, with logs in tmp_path / 'logs'."""
-    write_shard(tmp_path / "train_1.bin", np.concatenate(random_documents(1, 200)))
-    write_shard(tmp_path / "val_0.bin", np.concatenate(random_documents(2, 40)))
-    return {name.upper(): value for name, value in SMALL.items()} | dict(
-        DEVICE="cpu",
-        PRESET="speedrun",
-        TRAIN_FILES=tmp_path / "train_*.bin",
-        VAL_FILES=tmp_path / "val_*.bin",
-        LOG_DIR=tmp_path / "logs",
-        TORCH_COMPILE=0,
-    )
 
 
 def only_log(tmp_path):
@@ -43,39 +27,65 @@ def only_log(tmp_path):
     return path.read_text(encoding="utf-8")
 
 
-class Fake:
-    """Stands in for model and clock where only the loop's decisions are looked at."""
+class FakeModel:
+    """Stands in for the model where only the loop's decisions are looked at."""
 
     scalars = torch.zeros(1)
 
 
-def raced(monkeypatch, tmp_path, losses, **overrides):
-    """Steps trained, steps validated and last log lines of a race whose validations give `losses` in turn."""
-    s = replace(Settings(), **dict(log_dir=str(tmp_path), num_iterations=10, val_loss_every=4) | overrides)
+def raced(monkeypatch, tmp_path, losses, **changes):
+    """Steps trained, steps validated and log lines of a race whose validations give `losses` in turn.
+
+    A training step takes a second, a validation 1000.
+    """
+    s = replace(Settings(), **dict(log_dir=str(tmp_path), num_iterations=10, val_loss_every=4) | changes)
     trained, validated, losses = [], [], iter(losses)
-    monkeypatch.setattr(
-        train_gpt,
-        "train_step",
-        lambda forward, opt, loader, step, s: (trained.append(step), (torch.tensor(1.0), lambda: None))[1],
-    )
-    monkeypatch.setattr(train_gpt, "validate", lambda *a: (validated.append(a[-1]), next(losses))[1])
+
+    def train_step(forward, optimizers, loader, step, s):
+        trained.append(step)
+        return lambda: 1.0
+
+    def validate(model, forward, val_tokens, s, world, step):
+        validated.append(step)
+        return next(losses)
+
+    monkeypatch.setattr(train_gpt, "train_step", train_step)
+    monkeypatch.setattr(train_gpt, "validate", validate)
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
     log = Log(s, 0)
-    train(Fake, None, None, None, None, s, None, log)
+    train(FakeModel, None, None, None, None, s, World(0, 1, 0, 1), log)
     return trained, validated, log.path.read_text().splitlines()
 
 
 def test_the_race_validates_every_so_often_and_after_the_last_step(monkeypatch, tmp_path):
     trained, validated, lines = raced(monkeypatch, tmp_path, [9, 8, 7, 6])
     assert trained == list(range(10)) and validated == [0, 4, 8, 10]
-    assert lines[-3].startswith(
-        "target not reached: validation loss 6.0000, target 3.28, at step 10 of 10, after"
-    )
-    assert re.fullmatch(
-        r"target_reached:0 target_loss:3.28 val_loss:6.0000 final_step:10 train_time:\d+ms "
-        r"step_avg:[\d.]+ms",
-        lines[-2],
-    )
-    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", lines[-1])
+    assert lines[-3:] == [
+        "target not reached: validation loss 6.0000, target 3.28, at step 10 of 10, after 10.0 s of training",
+        "target_reached:0 target_loss:3.28 val_loss:6.0000 final_step:10 train_time:10000ms "
+        "step_avg:1000.00ms",
+        "peak memory allocated: 0 MiB reserved: 0 MiB",
+    ]
+
+
+def test_validation_is_not_on_the_clock(monkeypatch, tmp_path):
+    _, _, lines = raced(monkeypatch, tmp_path, [9, 8, 7, 6])
+    assert [line for line in lines if line.startswith(("step:4/", "step:5/", "step:10/"))] == [
+        "step:4/10 train_time:4000ms step_avg:1000.00ms train_loss:1.0000",
+        "step:4/10 val_loss:8.0000 train_time:4000ms step_avg:1000.00ms",
+        "step:5/10 train_time:5000ms step_avg:1000.00ms train_loss:1.0000",
+        "step:10/10 train_time:10000ms step_avg:1000.00ms train_loss:1.0000",
+        "step:10/10 val_loss:6.0000 train_time:10000ms step_avg:1000.00ms",
+    ]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_ends_the_race_with_a_sentence(monkeypatch, tmp_path, loss):
+    with pytest.raises(UserError, match=f"^step 4: expected a finite validation loss, found {loss}") as error:
+        raced(monkeypatch, tmp_path, [9, loss, 7, 6])
+    assert error.value.exit_code == 1
+    (log,) = tmp_path.iterdir()
+    assert f"step:4/10 val_loss:{loss}" in log.read_text() and "target_reached" not in log.read_text()
 
 
 def test_the_race_stops_at_the_first_validation_at_or_below_the_target(monkeypatch, tmp_path):
@@ -101,20 +111,40 @@ def test_the_clock_counts_only_between_start_and_stop(monkeypatch):
     assert clock.milliseconds() == 3500
 
 
-def test_a_step_line_on_a_gpu_waits_one_step_behind(tmp_path, capsys):
+def test_starting_and_stopping_the_clock_wait_for_a_gpu_and_reading_it_does_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        clock = Clock(device)
+        for expected in (1, 2):
+            clock.start()
+            clock.milliseconds()
+            clock.stop()
+            clock.milliseconds()
+            assert waited == ([device] * 2 * expected if device.type == "cuda" else [])
+
+
+def test_a_step_line_on_a_gpu_is_written_one_step_later(tmp_path):
     log, waited = Log(replace(Settings(), log_dir=str(tmp_path)), 0), []
-    clock = Clock(torch.device("cpu"))
-    clock.device = torch.device("cuda")
-    log.step(1, torch.tensor(5.0), lambda: waited.append(1), clock)
+    clock = Clock(torch.device("cuda"))
+
+    def loss(value):
+        return lambda: waited.append(value) or value
+
+    log.step(1, loss(5.0), clock)
     assert waited == [] and "step:1/" not in log.path.read_text()
-    log.step(2, torch.tensor(4.0), lambda: waited.append(2), clock)
-    assert (
-        waited == [1]
-        and "step:1/1705" in log.path.read_text()
-        and "train_loss:5.0000" in log.path.read_text()
-    )
+    log.step(2, loss(4.0), clock)
+    assert waited == [5.0]
+    assert re.search(r"^step:1/1705 .* train_loss:5.0000$", log.path.read_text(), re.M)
     log.flush(clock)
-    assert waited == [1, 2] and "train_loss:4.0000" in log.path.read_text()
+    log.flush(clock)
+    assert waited == [5.0, 4.0] and log.path.read_text().count("train_loss:4.0000") == 1
+
+
+def test_a_step_line_on_the_cpu_is_written_at_once(tmp_path):
+    log = Log(replace(Settings(), log_dir=str(tmp_path)), 0)
+    log.step(1, lambda: 5.0, Clock(torch.device("cpu")))
+    assert "train_loss:5.0000" in log.path.read_text()
 
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
@@ -126,39 +156,97 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_log_alone_reproduces_its_run_and_its_lines_parse(tmp_path, data):
-    done = launch(**data, HF_TOKEN="hf_secret", MUON_LR=0.02, cwd=tmp_path)
+def test_a_log_holds_its_scripts_source_all_settings_the_environment_and_lines_that_parse(tmp_path, data):
+    """But the value of no environment variable. A copy under another name logs itself."""
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8") + "# an experiment\n"
+    script = tmp_path / "experiment.py"
+    script.write_text(source, encoding="utf-8")
+    s = replace(data, muon_lr=0.02)
+    done = launch(script=script, **overrides(s), HF_TOKEN="hf_secret", MY_OWN="my_secret", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     log = only_log(tmp_path)
-    assert log.startswith((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    tail = log[len((ROOT / "train_gpt.py").read_text(encoding="utf-8")) :]
+    assert log.startswith(source + "\n" + "=" * 100)
+    tail = log[len(source) :]
+    for f in fields(Settings):
+        mark = "  (overridden)" if f.name.upper() in overrides(s) else ""
+        assert f"\n{f.name}: {getattr(s, f.name)!r}{mark}\n" in tail, f.name
     for expected in (
-        f"Python {sys.version}",
-        f"PyTorch {torch.__version__}, CUDA ",
-        "Triton ",
-        "git commit: ",
-        "seed: 0",
-        "muon_lr: 0.02  (overridden)",
-        "adam_lr: 0.008\n",
-        "attention: ",
-        "head: ",
-        "newton_schulz: ",
-        "1 rank x 8 microbatches x 64 tokens = 512 tokens/step",
+        f"\nPython {sys.version}",
+        f"\nPyTorch {torch.__version__}, CUDA ",
+        ", Triton ",
+        "\ngit commit: ",
+        "\nattention: ",
+        "\nhead: ",
+        "\nnewton_schulz: ",
+        "\npreset: speedrun, ",
+        "\nbatch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step\n",
     ):
         assert expected in tail, expected
-    assert "hf_secret" not in log and "HF_TOKEN" not in tail
+    for secret in ("hf_secret", "HF_TOKEN", "my_secret", "MY_OWN"):
+        assert secret not in log
     steps, validations = STEP.findall(tail), VALIDATION.findall(tail)
-    assert [int(step) for step, *_ in steps] == list(range(1, 7)) and all(
-        total == "6" for _, total, *_ in steps
-    )
+    assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, 6) for i in range(1, 7)]
     assert [int(step) for step, *_ in validations] == [0, 3, 6]
-    assert (
-        abs(float(validations[0][2]) - math.log(56)) < 1e-3
-    )  # the padded vocabulary, since the head is zero
+    assert float(validations[0][2]) == pytest.approx(math.log(56), abs=1e-3)  # the head starts at zero
     assert tail.splitlines()[-1].startswith("peak memory allocated: ")
     shown = done.stdout.splitlines()
     assert shown[0] == shown[-1] and shown[0].startswith("log: ")
     assert "step:6/6 val_loss" in done.stdout and "def main" not in done.stdout
+
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(data, run_main):
+    s = replace(data, warmup_steps=0, val_loss_every=1, adam_lr=1e3, scalar_lr_mult=1e6, muon_lr=1e3)
+    code, _, said = run_main(**overrides(s))
+    assert code == 1 and re.fullmatch(r"step \d+: expected a finite validation loss, found nan: .*\n", said)
+
+
+@pytest.mark.slow
+def test_wrong_settings_are_told_once_however_many_ranks_there_are():
+    done = launch(nproc=2, PRESET="demo", NUM_ITERATION=3)
+    assert done.returncode and done.stderr.count("NUM_ITERATION: unknown setting") == 1
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_alone_is_told_with_its_number(tmp_path, data):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.environ['TRAIN_FILES'] = '/no/such'\n"
+        "sys.exit(train_gpt.main([]))\n"
+    )
+    done = launch(nproc=2, script=program, **overrides(data))
+    assert done.returncode and done.stderr.count("expected token shards at /no/such, found none") == 1
+    assert "\nrank 1: TRAIN_FILES: expected token shards" in "\n" + done.stderr
+
+
+def test_every_window_stage_compiles_to_one_graph_for_training_and_one_for_evaluation(small):
+    """Ten graphs of one function are more than torch.compile allows by default."""
+    layout = dict(num_layers=2, skip_attn="", skip_mlp="", value_embeds="00", window_pattern="LS")
+    s = replace(small, num_iterations=20, window_schedule="2,3,4,5,6", **layout)
+    model, graphs = fresh_model(s), []
+    inputs, targets = torch.arange(32, dtype=torch.int32), torch.arange(1, 33)
+    batch = inputs, targets, torch.tensor([0, 7, 32, 32], dtype=torch.int32)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        forward = train_gpt.compiled(model, s, backend=backend)
+        for _ in range(2):  # the second time compiles nothing
+            for step in train_gpt.window_steps(s):
+                windows = train_gpt.attention_windows(step, s)
+                loss = forward(*batch, windows)
+                torch.testing.assert_close(loss, model(*batch, windows))
+                loss.backward()
+                model.eval()
+                with torch.no_grad():
+                    torch.testing.assert_close(forward(*batch, windows), loss / 32)
+                model.train()
+    torch._dynamo.reset()
+    assert len(graphs) == 10
 
 
 @pytest.mark.slow
@@ -168,7 +256,7 @@ def test_a_terminal_shows_one_live_line_with_losses_speed_and_time_left(tmp_path
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_gpt.py")],
         cwd=tmp_path,
-        env=environment(**data),
+        env=environment(**overrides(data)),
         stdout=terminal,
         stderr=subprocess.PIPE,
     )
@@ -206,65 +294,18 @@ def test_the_demo_builds_its_corpus_and_its_loss_really_falls(tmp_path):
     assert 5.5 < float(first) < 5.7 and float(last) < 3.5
 
 
-def test_the_demo_corpus_is_the_standard_library_and_holds_modules_out(tmp_path):
-    built = launch(tmp_path / "a", script=ROOT / "data" / "demo_corpus.py")
-    assert built.returncode == 0, built.stderr
-    demo = replace(Settings(), **train_gpt.PRESETS["demo"])
-    texts = {}
-    for name in ("train_000001", "val_000000"):
-        shard = train_gpt.TokenShard(tmp_path / "a" / f"stdlib_{name}.bin", demo)
-        starts = shard.index()
-        documents = [
-            bytes(shard.tokens[a + 1 : b].astype(np.uint8)) for a, b in zip(starts, starts[1:], strict=False)
-        ]
-        texts[name] = set(documents)
-    assert not texts["train_000001"] & texts["val_000000"]
-    import json.decoder
-    import textwrap
-
-    for module in (json.decoder, textwrap):
-        source = open(module.__file__, "rb").read()
-        assert (source in texts["train_000001"]) != (source in texts["val_000000"])
-    again = launch(tmp_path / "b", script=ROOT / "data" / "demo_corpus.py")
-    assert again.returncode == 0
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-def test_a_folder_that_cannot_hold_logs_is_one_sentence(tmp_path, data):
-    (tmp_path / "file").touch()
-    done = launch(**data | dict(LOG_DIR=tmp_path / "file"))
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("LOG_DIR: expected a folder")
-        and done.stderr.count("\n") == 1
-    )
-
-
-def test_run_sh_prints_the_line_that_it_runs_and_passes_settings_on(tmp_path, data):
-    done = subprocess.run(
-        [str(ROOT / "run.sh")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env=environment(**data, PYTHON=sys.executable, NPROC=2),
-    )
+@pytest.mark.slow
+def test_the_demo_reaches_its_target_as_it_is(tmp_path):
+    """On as many threads as PyTorch takes by itself."""
+    done = launch(PRESET="demo", LOG_DIR=tmp_path, OMP_NUM_THREADS=None, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert re.search(
-        r"^\+ .* -m torch.distributed.run --standalone --nproc_per_node=2 .*train_gpt.py$", done.stdout, re.M
+    ((reached, loss),) = re.findall(
+        r"^target_reached:(\d) target_loss:1.7 val_loss:(\S+) ", done.stdout, re.M
     )
-    assert "2 ranks x 4 microbatches x 64 tokens" in done.stdout and "step:6/6 val_loss" in done.stdout
-    wrong = subprocess.run(
-        [str(ROOT / "run.sh")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-        env=environment(PYTHON=sys.executable, NUM_ITERATION=3),
-    )
-    assert (
-        wrong.returncode == 2
-        and wrong.stdout == ""
-        and wrong.stderr.startswith("NUM_ITERATION: no such setting")
-    )
+    assert reached == "1" and float(loss) <= 1.70
+
+
+def test_a_folder_that_cannot_hold_logs_is_one_sentence(tmp_path, data, run_main):
+    (tmp_path / "file").touch()
+    code, shown, said = run_main(**overrides(replace(data, log_dir=str(tmp_path / "file"))))
+    assert (code, shown, said.count("\n")) == (1, "", 1) and said.startswith("LOG_DIR: expected a folder")

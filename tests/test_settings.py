@@ -2,13 +2,13 @@
 
 import re
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
-from conftest import ROOT, launch
+from conftest import CPU, ROOT, launch, overrides
 
+import train_gpt
 from train_gpt import (
-    PRESETS,
     Settings,
     UserError,
     choose_preset,
@@ -43,18 +43,9 @@ def test_the_speedrun_preset_is_the_published_race():
 
 
 def test_the_demo_keeps_every_feature_of_the_speedrun():
-    kept = (
-        "num_layers",
-        "skip_attn",
-        "skip_mlp",
-        "value_embeds",
-        "window_pattern",
-        "gate_channels",
-        "microbatches",
-    )
-    assert not set(kept) & set(PRESETS["demo"]) - {"microbatches"}
     demo, _ = resolve_settings({}, "demo")
-    assert [getattr(demo, name) for name in kept] == [getattr(Settings(), name) for name in kept]
+    for name in ("num_layers", "skip_attn", "skip_mlp", "value_embeds", "window_pattern", "gate_channels"):
+        assert getattr(demo, name) == getattr(Settings(), name), name
     assert (demo.vocab_size, demo.bos_id, demo.target_loss) == (257, 256, 1.70)
 
 
@@ -89,6 +80,10 @@ def test_an_ablation_is_an_override():
         ("MUON_LR", "inf", "a number of at least 0"),
         ("MUON_LR", "fast", "a number of at least 0"),
         ("ADAM_BETA1", "1", "at most 0.9999"),
+        ("ADAM_EPS", "0", "a number of at least 1e-30"),
+        ("NPROC", "x", "a whole number of at least 0"),
+        ("NPROC", "3", "a divisor of MICROBATCHES=8"),
+        ("TRAIN_FILES", "", "a pattern of file names"),
         ("VOCAB_SIZE", "70000", "at most 65536"),
         ("TORCH_COMPILE", "maybe", "one of 1, 0"),
         ("DEVICE", "tpu", "one of auto, cuda, cpu"),
@@ -96,9 +91,10 @@ def test_an_ablation_is_an_override():
         ("BATCH_TOKENS", "1001", "a multiple of MICROBATCHES=8"),
         ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS"),
         ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
-        ("SKIP_MLP", "0,12", "block numbers from 0 to 11"),
+        ("SKIP_MLP", "0,12", "different block numbers below NUM_LAYERS=12"),
         ("SKIP_MLP", "0,0", "different block numbers"),
-        ("SKIP_ATTN", "seven", "block numbers from 0 to 11"),
+        ("SKIP_MLP", "-1", "different block numbers"),
+        ("SKIP_ATTN", "seven", "different block numbers below NUM_LAYERS=12"),
         ("VALUE_EMBEDS", "012", "NUM_LAYERS=12"),
         ("VALUE_EMBEDS", "02..........", "without a gap"),
         ("VALUE_EMBEDS", ".......0....", ". for block 7"),
@@ -114,11 +110,29 @@ def test_a_wrong_value_gets_one_sentence_with_name_expected_and_found(name, valu
     assert expected in lines[0] and re.search(r"expected .*, found .*\.$", lines[0])
 
 
+@pytest.mark.parametrize(
+    "name, text, value",
+    [("DEVICE", "CPU", "cpu"), ("DTYPE", "BFLOAT16", "bfloat16"), ("TORCH_COMPILE", "No", False)],
+)
+def test_words_to_choose_from_may_be_written_in_capitals(name, text, value):
+    assert getattr(resolve_settings({name: text}, "speedrun")[0], name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    "preset, environ, name",
+    [
+        ("speedrun", dict(BATCH_TOKENS="5k", MICROBATCHES="7"), "BATCH_TOKENS"),
+        ("speedrun", dict(VOCAB_SIZE="many", BOS_ID="60000"), "VOCAB_SIZE"),
+        ("dmeo", dict(VOCAB_SIZE="300"), "PRESET"),
+    ],
+)
+def test_what_stands_in_for_a_wrong_value_contradicts_nothing(preset, environ, name):
+    assert [line.split(":")[0] for line in problems(preset, **environ)] == [name]
+
+
 def test_all_problems_are_reported_at_once():
     lines = problems(SEED="x", NUM_ITERATION="3", SKIP_MLP="99", MICROBATCHES="7")
-    assert len(lines) == 4
-    for name in ("SEED", "NUM_ITERATION", "SKIP_MLP", "BATCH_TOKENS"):
-        assert any(line.startswith(name + ":") for line in lines)
+    assert [line.split(":")[0] for line in lines] == ["NUM_ITERATION", "SEED", "BATCH_TOKENS", "SKIP_MLP"]
 
 
 @pytest.mark.parametrize(
@@ -131,11 +145,13 @@ def test_all_problems_are_reported_at_once():
         ("TRAGET_LOSS", "TARGET_LOSS"),
         ("SKIP_MLPS", "SKIP_MLP"),
         ("seed", "SEED"),
+        ("NPROCS", "NPROC"),
+        ("PRESETS", "PRESET"),
     ],
 )
 def test_a_name_that_is_nearly_a_setting_is_refused(name, meant):
     assert problems(**{name: "1"}) == [
-        f"{name}: no such setting; if {meant} was meant, write that, else unset {name}."
+        f"{name}: unknown setting; did you mean {meant}? Otherwise unset {name}."
     ]
 
 
@@ -160,7 +176,6 @@ def test_names_that_have_nothing_to_do_with_settings_are_left_alone():
         "TORCHELASTIC_RUN_ID",
         "HF_TOKEN",
         "VIRTUAL_ENV",
-        "NPROC",
         "COLUMNS",
         "WINDOWID",
         "PRESET",
@@ -188,86 +203,130 @@ def test_the_preset_left_out_is_the_demo_without_gpu_or_shards_and_says_how_to_g
 
 
 @pytest.mark.parametrize(
-    "world_size, slots, slot_tokens, per_rank",
+    "world_size, microbatches, microbatch_tokens, per_rank",
     [
         (1, 8, 49_152, 8),
         (2, 8, 49_152, 4),
         (4, 8, 49_152, 2),
         (8, 8, 49_152, 1),
+        (12, 12, 32_768, 1),
         (16, 16, 24_576, 1),
     ],
 )
-def test_a_step_is_the_same_tokens_at_every_world_size(world_size, slots, slot_tokens, per_rank):
+def test_a_step_is_the_same_tokens_at_every_world_size(world_size, microbatches, microbatch_tokens, per_rank):
     plan = plan_batch(Settings(), world_size)
-    assert plan == (slots, slot_tokens, per_rank, world_size)
-    assert str(plan).endswith("= 393,216 tokens/step") and f"x {slot_tokens:,} tokens" in str(plan)
-
-
-@pytest.mark.parametrize("world_size", [3, 5, 6, 7, 12, 20])
-def test_a_world_size_that_does_not_fit_the_batch_is_refused(world_size):
-    if world_size == 12:  # more ranks than microbatches, and they divide the tokens
-        assert plan_batch(Settings(), 12).slot_tokens * 12 == 393_216
-        return
-    with pytest.raises(UserError, match=f"MICROBATCHES=8.*found {world_size}.*NPROC"):
-        plan_batch(Settings(), world_size)
+    assert plan == (microbatches, microbatch_tokens, per_rank, world_size)
+    assert str(plan).endswith("= 393,216 tokens/step") and f"x {microbatch_tokens:,} tokens" in str(plan)
 
 
 def test_run_sh_uses_as_many_gpus_as_the_batch_allows():
     assert [largest_world_size(Settings(), n) for n in (0, 1, 2, 3, 4, 7, 8, 10)] == [1, 1, 2, 2, 4, 4, 8, 8]
 
 
-def test_help_lists_every_setting_with_default_and_meaning():
-    shown = launch("--help").stdout
+def test_help_shows_unit_meaning_choices_and_default_of_every_setting_and_the_preset():
+    done = launch("--help")
+    assert done.returncode == 0
     for f in fields(Settings):
-        assert re.search(
-            rf"^  {f.name.upper()}\n      .*{re.escape(f.metadata['meaning'])}\n      default "
-            rf"{re.escape(repr(f.default))}",
-            shown,
-            re.M,
-        ), f.name
+        unit, choices = f.metadata["unit"], f.metadata["choices"]
+        default = repr(int(f.default) if f.type is bool else f.default)
+        entry = f"\n  {f.name.upper()}" + (f" [{unit}]" if unit else "") + f"\n      {f.metadata['meaning']}"
+        entry += f" (one of {', '.join(choices)})" if choices else ""
+        assert entry + f"\n      default: {default}" in done.stdout, f.name
+    assert "\n  NUM_ITERATIONS [steps]\n" in done.stdout
+    assert "default: 1705, in the demo 116\n" in done.stdout
+    assert "\n  PRESET\n      speedrun or demo\n      default: " in done.stdout
 
 
-def test_wrong_settings_end_the_run_within_seconds_with_exit_code_2(tmp_path):
-    begun = time.monotonic()
-    done = launch(NUM_ITERATION=3, SEED="x", LOG_DIR=tmp_path / "logs")
-    assert (
-        done.returncode == 2 and time.monotonic() - begun < 60
-    )  # said within 5 s; this bound only ends a hang
-    assert done.stdout == "" and len(done.stderr.splitlines()) == 2
+def test_wrong_settings_end_the_run_within_5_seconds_with_exit_code_2_and_a_sentence_each(tmp_path):
+    wrong = dict(NUM_ITERATION=3, SEED="x", NPROC="x", NUM_ITERATIONS="x", SKIP_MLP="99")
+    for _ in range(2):  # a second try, for machines are noisy
+        begun = time.monotonic()
+        done = launch(**wrong, PRESET="speedrun", LOG_DIR=tmp_path / "logs")
+        seconds = time.monotonic() - begun
+        if seconds < 5:
+            break
+    assert seconds < 5
+    assert done.returncode == 2 and done.stdout == ""
+    assert sorted(line.split(":")[0] for line in done.stderr.splitlines()) == sorted(wrong)
     assert not (tmp_path / "logs").exists()
 
 
-def test_dry_run_shows_the_plan_of_the_speedrun_and_what_its_data_lack(tmp_path):
-    done = launch("--dry-run", PRESET="speedrun", SKIP_MLP="0,11", DATA_PATH=tmp_path)
-    assert (
-        "overridden: DATA_PATH, SKIP_MLP" in done.stdout and "skip_mlp: '0,11'  (overridden)" in done.stdout
+def test_dry_run_shows_the_plan_of_the_speedrun_and_what_its_data_lack(tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: name)  # a compiler, which no dry run uses
+    code, shown, said = run_main(
+        "--dry-run", PRESET="speedrun", DEVICE="cpu", SKIP_MLP="0,11", DATA_PATH=tmp_path
     )
-    assert "1 rank x 8 microbatches x 49,152 tokens = 393,216 tokens/step" in done.stdout
-    assert "parameters: 266,306,388 = 38,633,472 embed + 115,900,416 value_embeds" in done.stdout
-    assert done.returncode == 1 and "found none" in done.stderr and "data/cached_fineweb10B.py" in done.stderr
+    assert "\noverridden: DATA_PATH, DEVICE, SKIP_MLP\n" in shown
+    assert "\n  skip_mlp: '0,11'  (overridden)\n" in shown
+    assert "1 rank x 8 microbatches x 49,152 tokens = 393,216 tokens/step" in shown
+    assert "parameters: 266,306,388 = 38,633,472 embed + 115,900,416 value_embeds" in shown
+    assert code == 1 and "found none" in said and "data/cached_fineweb10B.py" in said
+
+
+def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, run_main, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a dry run does none of this")
+
+    for name in ("torch.compile", "dist.init_process_group", "init_weights", "train"):
+        monkeypatch.setattr(f"train_gpt.{name}", refuse)
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: name)
+    s = replace(data, torch_compile=True, muon_lr=0.02)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+    code, shown, said = run_main("--dry-run", **overrides(s))
+    assert (code, said) == (0, "") and {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+    preset, device, title, *lines, overridden, batch, parameters, tokens = shown.splitlines()
+    assert preset == "preset: speedrun, as PRESET says" and device == "device: cpu, as DEVICE says"
+    changed = {name.lower() for name in overrides(s)} - {"preset"}
+    assert title == "settings:" and len(lines) == len(fields(Settings))
+    for line, f in zip(lines, fields(Settings)):
+        mark = "  (overridden)" if f.name in changed else ""
+        assert line == f"  {f.name}: {getattr(s, f.name)!r}{mark}"
+    assert overridden == "overridden: " + ", ".join(sorted(changed)).upper()
+    assert batch == "batch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step"
+    total, groups = parameters.removeprefix("parameters: ").split(" = ")
+    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
+    counts = [f"{p.numel():,} {name}" for name, p in model.named_parameters()]
+    assert groups.split(" + ") == counts and total == f"{sum(p.numel() for p in model.parameters()):,}"
+    available = train_gpt.TokenShard(tmp_path / "train_0.bin", s).num_tokens
+    assert tokens.startswith(f"data: 3,072 tokens needed, {available:,} available in 1 shard; 6 steps take ")
 
 
 @pytest.mark.parametrize(
-    "arguments, overrides, expected",
+    "arguments, changes, expected",
     [
         (["--dry-run"], dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU"),
         (["--nproc"], dict(NPROC="3"), "MICROBATCHES=8"),
         (["--nproc"], dict(NPROC="zero"), "NPROC: expected a whole number"),
+        (["--nproc"], dict(DATA_PATH="/no/such"), "DATA_PATH: expected a folder, found none at /no/such;"),
         ([], dict(RANK="0"), "RANK=0"),
         ([], dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"), "found RANK=2"),
     ],
 )
-def test_an_impossible_launch_is_one_sentence(arguments, overrides, expected, tmp_path):
-    done = launch(*arguments, CUDA_VISIBLE_DEVICES="", LOG_DIR=tmp_path, PRESET="demo", **overrides)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and expected in done.stderr
+def test_an_impossible_launch_is_one_sentence(arguments, changes, expected, tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, shown, said = run_main(*arguments, **dict(LOG_DIR=tmp_path, PRESET="demo") | changes)
+    assert (code, shown, said.count("\n")) == (2, "", 1) and expected in said
+
+
+def test_without_a_compiler_torch_compile_is_refused_and_may_be_turned_off(data, run_main, monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda name: None)
+    code, _, said = run_main("--nproc", **overrides(replace(data, torch_compile=True)))
+    assert code == 2 and said.startswith("TORCH_COMPILE: expected a compiler") and "TORCH_COMPILE=0" in said
+    assert run_main("--nproc", **overrides(data)) == (0, "1\n", "")
 
 
 def test_importing_the_script_has_no_effect(tmp_path):
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; torch.cuda.init = None\n"
-        "import train_gpt, os, threading; import torch.distributed as dist\n"
-        "assert not dist.is_initialized() and threading.active_count() == 1 and os.listdir('.') == ['p.py']"
+    (tmp_path / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, threading, torch\n"
+        "before = sorted(os.listdir()), threading.active_count(), dict(os.environ)\n"
+        "import train_gpt\n"
+        "assert train_gpt.__file__ == os.path.abspath('train_gpt.py')\n"
+        "assert before == (sorted(os.listdir()), threading.active_count(), dict(os.environ))\n"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
     )
-    (tmp_path / "p.py").write_text(program)
-    done = launch(script=tmp_path / "p.py", cwd=tmp_path, PYTHONDONTWRITEBYTECODE=1)
-    assert done.returncode == 0, done.stderr
+    done = launch(script=program, cwd=tmp_path, PYTHONDONTWRITEBYTECODE=1)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"train_gpt.py", "program.py"}
