@@ -175,7 +175,7 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=116, target_loss=1.70, val_loss_every=10, val_tokens=49_152, val_slice_tokens=8192,
+        num_iterations=108, target_loss=1.70, val_loss_every=10, val_tokens=49_152, val_slice_tokens=8192,
         warmup_steps=3, batch_tokens=5120, epochs=4,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
         window_block=16, muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,

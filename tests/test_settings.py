@@ -233,7 +233,7 @@ def test_help_shows_unit_meaning_choices_and_default_of_every_setting_and_the_pr
         entry += f" (one of {', '.join(choices)})" if choices else ""
         assert entry + f"\n      default: {default}" in done.stdout, f.name
     assert "\n  NUM_ITERATIONS [steps]\n" in done.stdout
-    assert "default: 1705, in the demo 116\n" in done.stdout
+    assert "default: 1705, in the demo 108\n" in done.stdout
     assert "\n  PRESET\n      speedrun or demo\n      default: " in done.stdout
 
 
