@@ -24,6 +24,7 @@ import argparse
 import difflib
 import glob
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -34,6 +35,8 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -785,21 +788,24 @@ def optimizer_step(optimizers: list[ShardedOptimizer], **schedule: float) -> Non
 # Data: token shards, the walk over their documents, training batches and validation slices
 #
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as uint16.
-# It is mapped, not read: the check of its ids before step 0 leaves it in the operating system's cache.
+# Before step 0 the planned steps are walked over the documents of all shards that they need. This reads and
+# checks every token, keeps where the documents start, and leaves the shards in the operating system's cache.
+# Then a thread reads piece by piece and assembles batches ahead of need: there is no shard to load when one
+# ends, and no more than a few batches in memory.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
 class TokenShard:
-    """One shard file. Opening it checks header and size; index() checks the tokens."""
+    """One shard file, held open. Opening it checks header and size; index() checks the tokens."""
 
     def __init__(self, path: Path, s: Settings):
         """Raises UserError, with file, expected, found and remedy, where the file is not a shard."""
         self.path, self.settings, self.starts = path, s, None
         try:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                head = file.read(SHARD_HEADER_BYTES)
+            self.file = open(path, "rb")
+            size = os.fstat(self.file.fileno()).st_size
+            head = self.file.read(SHARD_HEADER_BYTES)
         except OSError as error:
             raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; correct its "
                             "permissions, or delete it and make it again.") from None
@@ -811,25 +817,36 @@ class TokenShard:
         expected = SHARD_HEADER_BYTES + 2 * self.num_tokens
         self.expect(size == expected, f"{expected:,} bytes, as its header's count of "
                     f"{self.num_tokens:,} tokens says", f"{size:,} bytes")
-        self.tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
 
-    def expect(self, holds: bool, expected: str, found: str, remedy: str = "delete it and make it again (a "
-               "demo shard: run again; FineWeb: python data/cached_fineweb10B.py), or name other files"):
+    OTHER_FILE = ("delete it and make it again (a demo shard: run again; FineWeb: python "
+                  "data/cached_fineweb10B.py), or name other files")
+    OTHER_SETTINGS = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold, or name other files"
+
+    def expect(self, holds: bool, expected: str, found: str, remedy: str = OTHER_FILE):
         if not holds:
             raise UserError(f"{self.path}: expected {expected}, found {found}; {remedy}.")
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens start to end, uint16, ids checked. Raises UserError where the file no longer holds them."""
+        data = os.pread(self.file.fileno(), 2 * (end - start), SHARD_HEADER_BYTES + 2 * start)
+        self.expect(len(data) == 2 * (end - start), f"tokens {start:,} to {end:,}",
+                    f"{len(data)} bytes of them: it was cut while in use")
+        tokens, vocab_size = np.frombuffer(data, "<u2"), self.settings.vocab_size
+        if tokens.max() >= vocab_size:
+            where = int(np.argmax(tokens >= vocab_size))
+            self.expect(False, f"ids below VOCAB_SIZE={vocab_size}",
+                        f"{tokens[where]} at token {start + where:,}", self.OTHER_SETTINGS)
+        return tokens
 
     def index(self) -> np.ndarray:
         """(documents + 1,) int64: each document's first token, then the shard's end. Checks every token."""
         if self.starts is None:
-            vocab_size, bos_id = self.settings.vocab_size, self.settings.bos_id
-            other = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold, or name other files"
-            if int(self.tokens.max()) >= vocab_size:
-                where = int(np.argmax(self.tokens >= vocab_size))
-                found = f"{self.tokens[where]} at token {where}"
-                self.expect(False, f"ids below VOCAB_SIZE={vocab_size}", found, other)
-            documents = np.flatnonzero(self.tokens == bos_id)
-            self.expect(len(documents), f"documents that open with BOS_ID={bos_id}", "no such token", other)
-            self.starts = np.append(documents, self.num_tokens)
+            chunk, bos_id = 1 << 22, self.settings.bos_id
+            starts = [first + np.flatnonzero(self.read(first, min(first + chunk, self.num_tokens)) == bos_id)
+                      for first in range(0, self.num_tokens, chunk)]
+            self.starts = np.concatenate([*starts, [self.num_tokens]])
+            self.expect(len(self.starts) > 1, f"documents that open with BOS_ID={bos_id}", "no such token",
+                        self.OTHER_SETTINGS)
         return self.starts
 
 
@@ -857,7 +874,34 @@ def open_shards(s: Settings, name: str) -> list[TokenShard]:
         if pattern == getattr(Settings, name):
             remedy = "fetch them with python data/cached_fineweb10B.py, or take PRESET=demo, which needs none"
         raise UserError(f"{name.upper()}: expected token shards at {root / pattern}, found none; {remedy}.")
-    return [TokenShard(path, s) for path in paths]
+    shards = [TokenShard(path, s) for path in paths]
+    for folder in sorted({path.parent for path in paths}):
+        check_manifest(folder / "manifest.json", shards, s)
+    return shards
+
+
+def check_manifest(path: Path, shards: list[TokenShard], s: Settings) -> None:
+    """Hold settings and the shards beside it against a manifest (form: data/shards.py), if there is one.
+
+    Raises UserError where they differ.
+    """
+    if not path.exists():
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        vocab_size, bos_id = int(manifest["vocab_size"]), int(manifest["bos_id"])
+        tokens = {name: int(about["tokens"]) for name, about in manifest["shards"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: expected a manifest of shards, found {error!r}; make the shards again, or "
+                        "delete it.") from None
+    shards = [shard for shard in shards if shard.path.parent == path.parent and shard.path.name in tokens]
+    if shards and (vocab_size > s.vocab_size or bos_id != s.bos_id):
+        raise UserError(f"{path}: expected the settings of its shards, VOCAB_SIZE={vocab_size} and BOS_ID="
+                        f"{bos_id}, found VOCAB_SIZE={s.vocab_size} and BOS_ID={s.bos_id}; set them so.")
+    for shard in shards:
+        listed = tokens[shard.path.name]
+        shard.expect(shard.num_tokens == listed, f"{listed:,} tokens, as {path.name} says",
+                     f"{shard.num_tokens:,}")
 
 
 class Piece(NamedTuple):
@@ -900,58 +944,70 @@ class DocumentWalk:
         return pieces
 
 
-class DataPlan(NamedTuple):
-    """What the planned steps take from the training shards, counted before step 0."""
+class DataUse(NamedTuple):
+    """What a number of steps takes from the training shards."""
 
-    steps_fed: int  # at most the planned ones
+    steps: int
     tokens_used: int
     tokens_dropped: int  # rests of cut documents, and what stands before a shard's first BOS
     most_pieces: int  # in any microbatch
     passes: int  # over the shards, the last one begun
 
     def __str__(self):
-        passed = self.tokens_used + self.tokens_dropped
-        return (f"{counted(self.steps_fed, 'step')} take {self.tokens_used:,} tokens and drop "
-                f"{self.tokens_dropped:,} ({self.tokens_dropped / max(passed, 1):.1%}), the rests of cut "
+        read = self.tokens_used + self.tokens_dropped
+        return (f"{counted(self.steps, 'step')} take {self.tokens_used:,} tokens and drop "
+                f"{self.tokens_dropped:,} ({self.tokens_dropped / max(read, 1):.1%}), the rests of cut "
                 f"documents, in {counted(self.passes, 'pass')}")
 
 
-def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataPlan:
-    """Walk all planned steps over the document index. Indexes, and so checks, each shard that it comes to."""
-    walk, used, most, fed = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0, 0, 0
-    shard, document = walk.position
-    for step in range(s.num_iterations):
+def data_use(shards: list[TokenShard], position: tuple[int, int], batch: BatchPlan, steps: int,
+             most_pieces: int) -> DataUse:
+    """What `steps` steps have taken that end at `position`."""
+    shard, document = position
+    read = sum(shards[i % len(shards)].num_tokens for i in range(shard))
+    read += int(shards[shard % len(shards)].index()[document]) if document else 0
+    used = steps * batch.microbatches * (batch.microbatch_tokens + 1)
+    return DataUse(steps, used, read - used, most_pieces, ceil_div(shard + (document > 0), len(shards)))
+
+
+def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataUse:
+    """Walk the planned steps, or as many as there are documents for. Indexes every shard that it comes to."""
+    walk, most, steps = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0, 0
+    while steps < s.num_iterations:
+        position = walk.position
         microbatches = [walk.next_microbatch(batch.microbatch_tokens) for _ in range(batch.microbatches)]
         if None in microbatches:
+            walk.position = position
             break
-        fed, (shard, document) = step + 1, walk.position
-        most = max(most, *map(len, microbatches))
-        used += batch.microbatches * (batch.microbatch_tokens + 1)
-    passed = sum(shards[i % len(shards)].num_tokens for i in range(shard))
-    passed += int(shards[shard % len(shards)].index()[document]) if document else 0
-    return DataPlan(fed, used, passed - used, most, ceil_div(shard + (document > 0), len(shards)))
+        steps, most = steps + 1, max(most, *map(len, microbatches))
+    return data_use(shards, walk.position, batch, steps, most)
 
 
-def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataPlan]:
+def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataUse]:
     """Training shards, validation tokens (val_tokens + 1,) and plan. Raises UserError for what is wrong."""
     shards, val_shards = open_shards(s, "train_files"), open_shards(s, "val_files")
     available, needed = sum(x.num_tokens for x in val_shards), s.val_tokens + 1
     if available < needed:
         raise UserError(f"VAL_FILES: expected at least VAL_TOKENS + 1 = {needed:,} tokens in "
                         f"{val_shards[0].path.parent}, found {available:,}; lower VAL_TOKENS or add shards.")
+    val_tokens, missing = [], needed
     for shard in val_shards:
         shard.index()
-    val_tokens = np.concatenate([x.tokens[:needed] for x in val_shards])[:needed]
+        val_tokens.append(shard.read(0, min(shard.num_tokens, missing)))
+        missing -= len(val_tokens[-1])
+        if not missing:
+            break
     plan = plan_data(shards, batch, s)
-    if plan.steps_fed < s.num_iterations:
+    if plan.steps < s.num_iterations:
         have, more = sum(x.num_tokens for x in shards), ""
         if s.train_files == Settings.train_files:
-            more = f" (python data/cached_fineweb10B.py {len(shards) + 1}, or more)"
+            enough = ceil_div(len(shards) * s.num_iterations, plan.steps) if plan.steps else len(shards) + 1
+            more = f" (python data/cached_fineweb10B.py {enough})"
         raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
                         f"{s.batch_tokens:,} tokens, found {have:,} tokens in "
-                        f"{counted(len(shards), 'shard')}, enough for {counted(plan.steps_fed, 'step')}; "
+                        f"{counted(len(shards), 'shard')}, enough for {counted(plan.steps, 'step')}; "
                         f"lower NUM_ITERATIONS, raise EPOCHS={s.epochs}, or add shards{more}.")
-    return shards, val_tokens, plan
+    return shards, np.concatenate(val_tokens), plan
 
 
 class Batch(NamedTuple):
@@ -980,20 +1036,66 @@ def cu_seqlens_length(num_tokens: int, most_pieces: int) -> int:
 
 
 class TrainLoader:
-    """This rank's training batches: in every round of world_size microbatches, the microbatch of its rank."""
+    """This rank's training batches: in every round of world_size microbatches, the one of its rank.
 
-    def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataPlan, rank: int,
-                 device: torch.device):
+    A thread assembles them a few ahead, and on CUDA copies them on a stream of its own. Where that fails,
+    the next_batch() that would have returned the batch raises the error instead.
+    """
+
+    def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataUse, rank: int,
+                 device: torch.device, batches_ahead: int = 4):
         self.walk = DocumentWalk(shards, s.max_piece_tokens, s.epochs)
-        self.batch, self.rank, self.device = batch, rank, device
+        self.batch, self.rank, self.device, self.bos_id = batch, rank, device, s.bos_id
+        self.most_pieces = plan.most_pieces
         self.cu_seqlens_length = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.batches_ahead, self.ahead = batches_ahead, deque()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.seek(self.walk.position)
+
+    def seek(self, position: tuple[int, int]) -> None:
+        """Go on from a position, (0, 0) or what `position` was after some batch."""
+        for batch in self.ahead:
+            batch.cancel()
+        self.position = position
+        self.thread.submit(setattr, self.walk, "position", position)  # after the batch that it may be at
+        self.ahead = deque(self.thread.submit(self.assemble) for _ in range(self.batches_ahead))
 
     def next_batch(self) -> Batch:
-        length = self.batch.microbatch_tokens
-        pieces = [self.walk.next_microbatch(length) for _ in range(self.batch.world_size)][self.rank]
-        tokens = np.concatenate([self.walk.shards[p.shard].tokens[p.start:p.end] for p in pieces])
+        """The next batch, on the device. Raises UserError where a shard no longer is what it was."""
+        self.ahead.append(self.thread.submit(self.assemble))
+        batch, self.position, copied = self.ahead.popleft().result()
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            for x in batch:
+                x.record_stream(stream)
+        return batch
+
+    @property
+    def passes(self) -> int:
+        """Passes over the shards, the last one begun."""
+        return self.position[0] // len(self.walk.shards) + 1
+
+    def use(self, steps: int) -> DataUse:
+        """What the `steps` steps so far have taken."""
+        return data_use(self.walk.shards, self.position, self.batch, steps, self.most_pieces)
+
+    def assemble(self):
+        """In the thread: a batch, the position after it, and the event of its copy, if there is one."""
+        num_tokens = self.batch.microbatch_tokens
+        pieces = [self.walk.next_microbatch(num_tokens) for _ in range(self.batch.world_size)][self.rank]
+        if pieces is None:
+            raise RuntimeError("more batches were asked for than the training shards hold")
+        tokens = np.concatenate([self.walk.shards[p.shard].read(p.start, p.end) for p in pieces])
         starts = np.cumsum([0] + [p.end - p.start for p in pieces[:-1]])
-        return make_batch(tokens, starts[starts < length], self.cu_seqlens_length, self.device)
+        if not np.array_equal(np.flatnonzero(tokens == self.bos_id), starts):
+            names = ", ".join(sorted({str(self.walk.shards[p.shard].path) for p in pieces}))
+            raise UserError(f"{names}: expected documents where they were before step 0, found others around "
+                            f"token {pieces[0].start:,}: the file was changed while in use; start again.")
+        with torch.cuda.stream(self.stream):  # nothing on the CPU
+            batch = make_batch(tokens, starts[starts < num_tokens], self.cu_seqlens_length, self.device)
+        return batch, self.walk.position, self.stream and self.stream.record_event()
 
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
@@ -1246,7 +1348,7 @@ def describe_model(s: Settings) -> str:
     return f"parameters: {sum(counts.values()):,} = {groups}"
 
 
-def describe_data(shards: list[TokenShard], plan: DataPlan, s: Settings) -> str:
+def describe_data(shards: list[TokenShard], plan: DataUse, s: Settings) -> str:
     available = sum(shard.num_tokens for shard in shards)
     return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {available:,} available in "
             f"{counted(len(shards), 'shard')}; {plan}")
@@ -1298,10 +1400,10 @@ def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -
         return
     states = [state for o in optimizers for shard in o.shards for state in shard.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
-    before, position, stages = [x.clone() for x in tensors], loader.walk.position, window_steps(s)
+    before, position, stages = [x.clone() for x in tensors], loader.position, window_steps(s)
     for i in range(max(s.warmup_steps, len(stages))):
         train_step(forward, optimizers, loader, stages[i % len(stages)], s)
-        loader.walk.position = position
+        loader.seek(position)
     for x, kept in zip(tensors, before):
         x.copy_(kept)
     if not all(torch.equal(x, kept) for x, kept in zip(tensors, before)):
@@ -1326,6 +1428,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
           world: World, log: Log) -> None:
     """The race: train and validate until the target or the last step, on a clock that validation stops."""
     clock = Clock(model.scalars.device)
+    passes = 1
     log.open_bar()
     if world.size > 1:
         dist.barrier()  # the clock starts when the last rank is ready
@@ -1345,6 +1448,10 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
             clock.start()
         loss = train_step(forward, optimizers, loader, step, s)
         log.step(step + 1, loss, clock)
+        if loader.passes > passes:
+            passes = loader.passes
+            log.write(f"data: pass {passes} over the training shards begins in step {step + 1}")
+    log.write(f"data: {loader.use(step)}")
     log.result(step, val_loss, clock)
 
 

@@ -1,6 +1,8 @@
 """Shards, the packing of documents into training batches, and validation."""
 
+import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, SMALL, random_documents, write_shard
+from conftest import CPU, ROOT, SMALL, launch, overrides, random_documents, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,8 +136,8 @@ def test_a_shard_without_read_permission_is_unreadable(data, tmp_path):
 
 
 def test_too_few_tokens_for_the_planned_steps_are_counted_before_step_0(data, tmp_path):
-    steps_fed = train_gpt.check_data(data, train_gpt.plan_batch(data, 1))[2].steps_fed
-    assert steps_fed == 6
+    steps = train_gpt.check_data(data, train_gpt.plan_batch(data, 1))[2].steps
+    assert steps == 6
     write_shard(tmp_path / "train_0.bin", [BOS, *[1] * 39] * 30)  # 1,200 tokens; 16 documents a step
     text = complaint(data)
     assert text.startswith(
@@ -231,7 +233,7 @@ class Corpus:
     def batches(self, world_size=1):
         """All ranks' batches of all steps, in the order of the microbatches."""
         loaders = self.loaders(world_size)
-        rounds = self.plan(world_size).steps_fed * train_gpt.plan_batch(self.s, world_size).per_rank
+        rounds = self.plan(world_size).steps * train_gpt.plan_batch(self.s, world_size).per_rank
         return [loader.next_batch() for _ in range(rounds) for loader in loaders]
 
 
@@ -300,7 +302,7 @@ def test_the_plan_counts_what_the_loader_can_serve(corpus, junk, num_iterations)
         # of a shard that was entered, what stands before its first BOS was passed too, in every pass
         entered = [i for n, (i, document) in enumerate(passed) if document is corpus.shards[i][0]]
         total = sum(len(document) for _, document in passed) + sum(len(corpus.junk[i]) for i in entered)
-        assert plan.steps_fed == steps
+        assert plan.steps == steps
         assert plan.tokens_used == used == steps * 8 * (corpus.s.batch_tokens // 8 + 1)
         assert plan.tokens_dropped == total - used
         assert plan.most_pieces == max((len(pieces) for pieces, _ in planned), default=0)
@@ -309,7 +311,7 @@ def test_the_plan_counts_what_the_loader_can_serve(corpus, junk, num_iterations)
         served = 0
         while served < 8 * num_iterations and walk.next_microbatch(corpus.s.batch_tokens // 8) is not None:
             served += 1
-        assert served // 8 == plan.steps_fed
+        assert served // 8 == plan.steps
 
 
 def check_one_world(corpus, steps):
@@ -326,7 +328,7 @@ def test_a_batch_goes_on_across_the_end_of_a_shard_and_loses_nothing(tmp_path):
     corpus = Corpus(tmp_path, documents, microbatch_tokens=10, longest=30)
     check_one_world(corpus, steps=2)
     plan = corpus.plan()
-    assert (plan.steps_fed, plan.tokens_used, plan.tokens_dropped) == (2, 176, 0)
+    assert (plan.steps, plan.tokens_used, plan.tokens_dropped) == (2, 176, 0)
     assert sum(len(document) for shard in corpus.shards for document in shard) == 17 * 11
 
 
@@ -403,6 +405,199 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(small, world_siz
     with pytest.raises(train_gpt.UserError, match=f"WORLD_SIZE: expected .* found {world_size};") as error:
         train_gpt.plan_batch(small, world_size)
     assert error.value.exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# The thread that works ahead
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """128 documents of 8 tokens, one a microbatch, in two shards."""
+    return Corpus(tmp_path, [[8] * 64, [8] * 64], microbatch_tokens=7, longest=30)
+
+
+def all_of(batch):
+    return [x.tolist() for x in batch]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 4])
+def test_seek_goes_on_from_any_position_that_a_batch_had(corpus, ahead):
+    batch, plan = train_gpt.plan_batch(corpus.s, 1), corpus.plan()
+    loader = train_gpt.TrainLoader(corpus.opened, corpus.s, batch, plan, 0, CPU, batches_ahead=ahead)
+    assert loader.position == (0, 0)
+    batches, positions = [], []
+    for _ in range(128):
+        positions.append(loader.position)
+        batches.append(all_of(loader.next_batch()))
+    for i in (100, 0, 63, 64, 127, 5):
+        loader.seek(positions[i])
+        assert loader.position == positions[i]
+        assert all_of(loader.next_batch()) == batches[i]
+
+
+def test_the_loader_says_what_its_steps_took_as_the_plan_foretold(tmp_path):
+    corpus = Corpus(tmp_path, [[13] * 30, [9] * 40], 7, longest=30, junk=[3, 2], epochs=3)
+    plan, [loader], passes = corpus.plan(), corpus.loaders(1), []
+    for _ in range(8 * plan.steps):
+        loader.next_batch()
+        passes.append(loader.passes)
+    assert loader.use(plan.steps) == plan and plan.passes == 3
+    assert passes == sorted(passes) and set(passes) == {1, 2, 3}
+
+
+def test_a_shard_that_another_file_replaces_stays_what_it_was(corpus):
+    expected = [all_of(batch) for batch in corpus.batches()]
+    [loader] = corpus.loaders(1)
+    found = [all_of(loader.next_batch()) for _ in range(8)]
+    for shard in corpus.opened:
+        beside = write_shard(shard.path.with_name("new"), [BOS] * 512)
+        beside.rename(shard.path)
+    found += [all_of(loader.next_batch()) for _ in range(120)]
+    assert found == expected
+
+
+def overwritten(path):
+    with open(path, "r+b") as file:
+        file.seek(train_gpt.SHARD_HEADER_BYTES + 2 * 300)
+        file.write(np.asarray([BOS, 1, BOS], dtype="<u2").tobytes())
+
+
+def poisoned(path):
+    with open(path, "r+b") as file:
+        file.seek(train_gpt.SHARD_HEADER_BYTES + 2 * 300)
+        file.write(np.asarray([77], dtype="<u2").tobytes())
+
+
+def shortened(path):
+    with open(path, "r+b") as file:
+        file.truncate(train_gpt.SHARD_HEADER_BYTES + 2 * 300)
+
+
+CHANGES = {  # what is done to the first shard after step 0, and what the message must say
+    "other documents": (overwritten, "expected documents where they were before step 0, found others"),
+    "a token beyond the vocabulary": (poisoned, "found 77 at token 300"),
+    "cut": (shortened, "expected tokens 296 to 304, found 8 bytes of them"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_shard_that_is_changed_while_in_use_ends_the_run_where_it_would_be_used(corpus, change):
+    spoil, said = CHANGES[change]
+    expected = [all_of(batch) for batch in corpus.batches()]
+    [loader] = corpus.loaders(1)
+    loader.next_batch()
+    spoil(corpus.opened[0].path)
+    found = [all_of(loader.next_batch()) for _ in range(300 // 8 - 1)]
+    assert found == expected[1 : 300 // 8], "whole batches before the change"
+    with pytest.raises(train_gpt.UserError) as error:
+        loader.next_batch()
+    assert str(corpus.opened[0].path) in str(error.value) and said in str(error.value)
+
+
+DYING = """
+import sys
+sys.path.insert(0, {root!r})
+import train_gpt
+assemble, left = train_gpt.TrainLoader.assemble, [20]
+
+def dying(loader):
+    left[0] -= 1
+    if loader.rank == 1 and left[0] < 0:
+        raise {error}
+    return assemble(loader)
+
+train_gpt.TrainLoader.assemble = dying
+sys.exit(train_gpt.main([]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error, said",
+    [("train_gpt.UserError('no disk')", "rank 1: no disk"), ("MemoryError()", "MemoryError")],
+)
+def test_an_error_in_one_ranks_thread_ends_all_ranks_with_its_message(data, tmp_path, error, said):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(ROOT), error=error))
+    s = replace(data, num_iterations=30, epochs=9, warmup_steps=0, target_loss=0.0)
+    done = launch(nproc=2, script=script, cwd=tmp_path, timeout=60, **overrides(s))
+    assert done.returncode != 0 and said in done.stderr
+    assert "train_loss" in done.stdout and "final_step" not in done.stdout
+
+
+@pytest.mark.slow
+def test_data_are_checked_under_python_without_asserts_too(data, tmp_path):
+    write_shard(tmp_path / "train_0.bin", [BOS, 1, 2, 50])
+    done = launch("--dry-run", PYTHONOPTIMIZE=1, **overrides(data))
+    assert done.returncode == 1 and "found 50 at token 3" in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Manifests
+
+
+def manifest(folder, **changes):
+    """A manifest beside the shards of the fixture `data`."""
+    tokens = {path.name: (path.stat().st_size - 1024) // 2 for path in folder.glob("*.bin")}
+    shards = {name: dict(documents=1, tokens=count, sha256="") for name, count in tokens.items()}
+    about = dict(format=1, tokenizer="bytes", vocab_size=50, bos_id=BOS, shards=shards) | changes
+    (folder / "manifest.json").write_text(json.dumps(about))
+
+
+def test_a_manifest_that_fits_changes_nothing(data, tmp_path):
+    manifest(tmp_path)
+    train_gpt.check_data(data, train_gpt.plan_batch(data, 1))
+
+
+def test_a_manifest_that_says_nothing_of_these_shards_is_another_corpuss(data, tmp_path):
+    manifest(tmp_path, bos_id=3, shards={})
+    train_gpt.check_data(data, train_gpt.plan_batch(data, 1))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(bos_id=48), "VOCAB_SIZE=50 and BOS_ID=48, found VOCAB_SIZE=50 and BOS_ID=49; set them so."),
+        (dict(vocab_size=51), "VOCAB_SIZE=51 and BOS_ID=49, found VOCAB_SIZE=50 and BOS_ID=49; set them so."),
+    ],
+)
+def test_settings_are_held_against_the_manifest(data, tmp_path, changes, said):
+    manifest(tmp_path, **changes)
+    text = complaint(data)
+    assert text.startswith(f"{tmp_path / 'manifest.json'}: ") and said in text
+
+
+def test_a_shard_of_another_length_than_its_manifest_says_is_refused(data, tmp_path):
+    manifest(tmp_path)
+    write_shard(tmp_path / "val_0.bin", [BOS] * 400)
+    text = complaint(data)
+    assert text.startswith(f"{tmp_path / 'val_0.bin'}: expected ")
+    assert "tokens, as manifest.json says, found 400;" in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"shards": []}', "\udcff"])
+def test_a_damaged_manifest_is_one_sentence(data, tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, errors="surrogateescape")
+    assert complaint(data).startswith(f"{tmp_path / 'manifest.json'}: expected a manifest of shards, found ")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+@pytest.mark.slow
+def test_the_benchmark_crosses_three_shard_ends_and_prints_its_figures():
+    arguments = ("--shard-tokens", 2_000_000, "--step-ms", 1, "--rounds", 1)
+    done = launch(*arguments, script=ROOT / "data" / "bench_loader.py")
+    assert done.returncode == 0, done.stderr
+    for figure in (
+        r"opening: [\d.]+ s to the first batch of a shard of 2,000,000 tokens",
+        r"waits, thread ahead: median [\d.]+ ms, worst [\d.]+ ms, in 117 steps of 1 ms",
+        r"throughput: [\d.]+M tokens/s",
+        r"memory: \d+ MiB beyond",
+    ):
+        assert re.search(figure, done.stdout), done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------

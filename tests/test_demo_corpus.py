@@ -52,7 +52,7 @@ def documents(path):
     shard = train_gpt.TokenShard(path, DEMO)
     starts = shard.index()
     assert starts[0] == 0
-    return [bytes(shard.tokens[a + 1 : b].astype(np.uint8)) for a, b in zip(starts, starts[1:])]
+    return [bytes(shard.read(a, b)[1:].astype(np.uint8)) for a, b in zip(starts, starts[1:])]
 
 
 @pytest.fixture(scope="module")

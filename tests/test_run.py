@@ -33,6 +33,20 @@ class FakeModel:
     scalars = torch.zeros(1)
 
 
+class FakeLoader:
+    """Stands in for the loader; its second pass begins in step 3."""
+
+    def __init__(self, trained):
+        self.trained = trained
+
+    @property
+    def passes(self):
+        return 1 if len(self.trained) < 3 else 2
+
+    def use(self, steps):
+        return f"what {steps} steps took"
+
+
 def raced(monkeypatch, tmp_path, losses, **changes):
     """Steps trained, steps validated and log lines of a race whose validations give `losses` in turn.
 
@@ -53,7 +67,7 @@ def raced(monkeypatch, tmp_path, losses, **changes):
     monkeypatch.setattr(train_gpt, "validate", validate)
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
     log = Log(s, 0)
-    train(FakeModel, None, None, None, None, s, World(0, 1, 0, 1), log)
+    train(FakeModel, None, None, FakeLoader(trained), None, s, World(0, 1, 0, 1), log)
     return trained, validated, log.path.read_text().splitlines()
 
 
@@ -65,6 +79,14 @@ def test_the_race_validates_every_so_often_and_after_the_last_step(monkeypatch, 
         "target_reached:0 target_loss:3.28 val_loss:6.0000 final_step:10 train_time:10000ms "
         "step_avg:1000.00ms",
         "peak memory allocated: 0 MiB reserved: 0 MiB",
+    ]
+
+
+def test_each_further_pass_over_the_data_and_what_was_taken_are_logged(monkeypatch, tmp_path):
+    _, _, lines = raced(monkeypatch, tmp_path, [4.0, 4.0, 3.0])
+    assert [line for line in lines if line.startswith("data:")] == [
+        "data: pass 2 over the training shards begins in step 3",
+        "data: what 8 steps took",
     ]
 
 
