@@ -82,9 +82,10 @@ class Bench:
             loader.seek(self.before_end(shard))
             for step in range(2 * STEPS_AROUND_END):
                 start = time.perf_counter()
-                loader.next_batch()
+                batch = loader.next_batch()
                 found += [time.perf_counter() - start] * (step > 0)
                 time.sleep(step_seconds)
+                del batch  # with its step, as in training
             if loader.position[0] != shard + 1:
                 raise RuntimeError(f"the steps did not cross the end of {self.shards[shard].path}")
         return found
