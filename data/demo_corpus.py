@@ -7,11 +7,10 @@ Each text is a document: its UTF-8 bytes as ids 0-255, opened by BOS = 256. Ever
 for validation, cut at 2,048 bytes, so that a short validation covers most of them. Not included are tests
 (many distributions lack them), installed packages, and generated tables (character maps, help topics, build
 flags). The order is shuffled, always in the same way, so that any stretch is a mixture. Needs numpy and the
-standard library; the shard format is described in train_gpt.py.
+standard library; shards.py beside this script writes the shards and their manifest.
 """
 
 import argparse
-import os
 import platform
 import random
 import sys
@@ -19,9 +18,8 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-import numpy as np
+from shards import BYTES, Corpus, DataError, byte_document
 
-BOS = 256
 HELD_OUT = 16
 HELD_OUT_BYTES = 2048
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -46,22 +44,6 @@ def standard_library() -> dict[str, bytes]:
     return {name: text for name, text in texts.items() if text}
 
 
-def write_shard(path: Path, documents: list[bytes]) -> int:
-    """Write a token shard atomically; returns its number of tokens."""
-    tokens = np.concatenate([np.concatenate(([BOS], np.frombuffer(text, np.uint8))) for text in documents])
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, len(tokens)  # magic, version, number of tokens
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.astype("<u2").tobytes())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return len(tokens)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument(
@@ -83,14 +65,17 @@ def main() -> int:
     training = [text for i, text in enumerate(texts) if i % HELD_OUT]
     shuffle = random.Random(0).shuffle
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, documents in (
-            ("val_000000", held_out),
-            ("train_000001", training),
-        ):  # training last: it says done
-            shuffle(documents)
-            count = write_shard(folder / f"stdlib_{name}.bin", documents)
-            print(f"{folder / f'stdlib_{name}.bin'}: {len(documents)} documents, {count:,} tokens")
+        with Corpus(folder, "stdlib", BYTES, overwrite=True) as corpus:
+            for writer, documents in ((corpus.val, held_out), (corpus.train, training)):
+                shuffle(documents)
+                for text in documents:
+                    writer.add(byte_document(text))
+            shards = corpus.publish()
+        for name, shard in shards.items():
+            print(f"{folder / name}: {shard['documents']} documents, {shard['tokens']:,} tokens")
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 1
     except OSError as error:
         print(
             f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}; "

@@ -1,7 +1,9 @@
 """data/demo_corpus.py: what it takes from the standard library, and how it writes it."""
 
+import hashlib
 import importlib.util
 import json.decoder
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import train_gpt
 SCRIPT = ROOT / "data" / "demo_corpus.py"
 DEMO = replace(train_gpt.Settings(), **train_gpt.PRESETS["demo"])
 SHARDS = ["stdlib_train_000001.bin", "stdlib_val_000000.bin"]
+FILES = ["manifest.json", *SHARDS]
+sys.path.insert(0, str(SCRIPT.parent))  # where a script finds what lies beside it
 
 
 @pytest.fixture
@@ -70,10 +74,17 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_two_builds_at_once_leave_the_two_shards_and_nothing_else(built):
-    assert sorted(path.name for path in built.iterdir()) == SHARDS
-    for path in built.iterdir():
-        train_gpt.TokenShard(path, DEMO).index()
+def test_two_builds_at_once_leave_two_shards_their_manifest_and_nothing_else(built):
+    assert sorted(path.name for path in built.iterdir()) == FILES
+    manifest = json.loads((built / "manifest.json").read_text())
+    listed = manifest.pop("shards")
+    assert manifest == {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "bos_id": 256}
+    assert list(listed) == SHARDS
+    for name in SHARDS:
+        shard = train_gpt.TokenShard(built / name, DEMO)
+        sha256 = hashlib.sha256((built / name).read_bytes()).hexdigest()
+        count = len(shard.index()) - 1
+        assert listed[name] == {"documents": count, "tokens": shard.num_tokens, "sha256": sha256}
 
 
 def test_the_corpus_is_the_standard_library_of_this_python_with_every_sixteenth_module_held_out(
@@ -99,7 +110,7 @@ def test_held_out_modules_are_cut_at_2048_bytes_and_not_in_training(corpus, libr
 def test_two_builds_are_byte_for_byte_the_same(corpus, library, tmp_path, monkeypatch):
     for folder in ("a", "b"):
         assert build(corpus, monkeypatch, tmp_path / folder) == 0
-    for name in SHARDS:
+    for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -118,33 +129,57 @@ def test_sources_that_cannot_be_decoded_tests_and_generated_tables_are_left_out(
     assert added == {"latin.py": "# coding: latin-1\n# café\n".encode()}
 
 
-def test_an_interrupted_build_leaves_no_file(corpus, library, tmp_path, monkeypatch):
-    """Whatever it wrote so far stands under another name, and is taken away."""
+def test_an_interrupted_build_leaves_nothing(corpus, library, tmp_path, monkeypatch):
+    """Whatever it wrote so far stands in a hidden folder, and is taken away."""
     seen = []
 
     def interrupt(source, target):
-        seen.append((Path(target).exists(), Path(source).stat().st_size))
+        seen.append((Path(target).exists(), sorted(path.name for path in Path(source).parent.iterdir())))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(corpus.os, "replace", interrupt)
+    monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(corpus, monkeypatch, tmp_path / "out")
-    assert seen == [(False, 1024 + 2 * 3 * 2049)] and list((tmp_path / "out").iterdir()) == []
+    assert seen == [(False, FILES)] and not (tmp_path / "out").exists()
 
 
 def test_a_build_during_another_does_not_disturb_it(corpus, library, tmp_path, monkeypatch):
-    """The other begins and ends while this one has written its first shard and not yet named it."""
-    out, replace_file, others = tmp_path / "out", corpus.os.replace, []
+    """The other begins and ends while this one has written all its documents and published none."""
+    out, publish, others = tmp_path / "out", corpus.Corpus.publish, []
 
-    def overtaken(source, target):
-        if not others:
-            others.append(subprocess.run([sys.executable, str(SCRIPT), str(out)], env=environment()))
-        replace_file(source, target)
+    def overtaken(self):
+        others.append(subprocess.run([sys.executable, str(SCRIPT), str(out)], env=environment()))
+        return publish(self)
 
-    monkeypatch.setattr(corpus.os, "replace", overtaken)
+    monkeypatch.setattr(corpus.Corpus, "publish", overtaken)
     assert build(corpus, monkeypatch, out) == 0 and others[0].returncode == 0
-    assert sorted(path.name for path in out.iterdir()) == SHARDS
+    assert sorted(path.name for path in out.iterdir()) == FILES
     assert [len(documents(out / name)) for name in SHARDS] == [37, 3]
+
+
+def test_a_corpus_that_is_there_stays_unless_it_is_damaged(corpus, library, tmp_path, monkeypatch):
+    def state():
+        return {path: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+
+    assert build(corpus, monkeypatch, tmp_path / "out") == 0
+    before = state()
+    assert build(corpus, monkeypatch, tmp_path / "out") == 0 and state() == before
+    with open(tmp_path / "out" / SHARDS[1], "ab") as file:
+        file.write(b"xx")
+    assert build(corpus, monkeypatch, tmp_path / "out") == 0
+    assert {path: content for path, (_, content) in state().items()} == {
+        path: content for path, (_, content) in before.items()
+    }
+
+
+def test_it_needs_nothing_but_numpy(tmp_path):
+    missing = "torch tqdm tiktoken pyarrow fsspec huggingface_hub"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nfor name in '{missing}'.split():\n    sys.modules[name] = None\n"
+    )
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(PYTHONPATH=tmp_path), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_python_without_its_sources_is_one_sentence(corpus, tmp_path, monkeypatch, capsys):
@@ -172,7 +207,7 @@ def test_a_run_of_the_demo_builds_what_is_missing(built, tmp_path, missing):
     shutil.copytree(built, folder)
     (folder / missing).unlink()
     train_gpt.ensure_demo_data(replace(DEMO, data_path=str(tmp_path)))
-    for name in SHARDS:
+    for name in FILES:
         assert (folder / name).read_bytes() == (built / name).read_bytes()
 
 
