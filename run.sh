@@ -64,7 +64,9 @@ else
 fi
 
 for argument in "$@"; do  # these need no torchrun
-    case $argument in -h | --help | --dry-run | --nproc) exec "$python" "$here/train_gpt.py" "$@" ;; esac
+    case $argument in
+        -h | --help | --dry-run | --nproc | --sample | --sample=*) exec "$python" "$here/train_gpt.py" "$@" ;;
+    esac
 done
 
 # Checks arguments, settings and data too, so that what is wrong is said once, before torchrun starts.

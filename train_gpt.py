@@ -21,8 +21,12 @@ S places for piece starts. A microbatch is one packed sequence of pieces: docume
 """
 
 import argparse
+import codecs
+import contextlib
 import difflib
+import fcntl
 import glob
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -30,6 +34,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +42,7 @@ import time
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -57,12 +62,13 @@ HERE = Path(__file__).resolve().parent
 class UserError(Exception):
     """Something that the person who launched the run can put right: one sentence a problem, no traceback.
 
-    `exit_code` is 2 for settings and 1 for everything else (data, device, files).
+    `exit_code` is 2 for settings and 1 for everything else (data, device, files). `everywhere`: all ranks
+    find the same, and so one of them says it.
     """
 
-    def __init__(self, *problems: str, exit_code: int = 1):
+    def __init__(self, *problems: str, exit_code: int = 1, everywhere: bool = False):
         super().__init__("\n".join(problems))
-        self.exit_code = exit_code
+        self.exit_code, self.everywhere = exit_code, everywhere or exit_code == 2
 
 
 def setting(default, unit: str, meaning: str, low=None, high=None, choices=None):
@@ -86,6 +92,14 @@ class Settings:
     train_files: str = setting("data/fineweb10B/fineweb_train_*.bin", "glob", "training shards, by name")
     val_files: str = setting("data/fineweb10B/fineweb_val_*.bin", "glob", "validation shards, by name")
     log_dir: str = setting("logs", "folder", "where each run writes its log; relative to the current folder")
+
+    # what survives a kill
+    checkpoint_every: int = setting(0, "steps", "distance between checkpoints, beside the log; 0: none", 0)
+    checkpoint_last: bool = setting(False, "0/1", "write one at the end of the run")
+    checkpoint_keep: int = setting(2, "checkpoints", "the newest of a run that stay", 1)
+    resume: str = setting("", "auto or path", "go on from this checkpoint, from the newest in this folder of "
+                          "them, or (auto) from the newest in LOG_DIR, if there is one; empty: start anew")
+    resume_changed: bool = setting(False, "0/1", "even if settings, data or source were others")
 
     # the race
     num_iterations: int = setting(1705, "steps", "length of the run and of its schedules", 1)
@@ -538,6 +552,11 @@ class GPT(nn.Module):
         inputs: (T,) int32 and targets: (T,) int64 token ids; cu_seqlens: (S,) int32 piece starts, padded
         with T; windows: (long, short) attention windows in tokens.
         """
+        loss = self.kernels.head_loss(self.hidden(inputs, cu_seqlens, windows), self.lm_head, targets)
+        return loss if self.training else loss / inputs.numel()
+
+    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
+        """What the head sees, (T, D) in the activations' dtype."""
         s, num_tokens = self.settings, inputs.numel()
         plans = {window: self.kernels.attention_plan(cu_seqlens, num_tokens, window, s.torch_dtype)
                  for window in dict.fromkeys(windows)}
@@ -561,8 +580,7 @@ class GPT(nn.Module):
                 x = x + F.linear(F.relu(norm(x) @ up).square(), down)
             if i < half:
                 outputs.append(x)
-        loss = self.kernels.head_loss(norm(x), self.lm_head, targets)
-        return loss if self.training else loss / num_tokens
+        return norm(x)
 
     def attention(self, x: Tensor, qkvo: Tensor, gate: Tensor | None, w_v: Tensor, ve: Tensor | None, plan):
         """One block's attention. x: (T, D), normalised; qkvo: (4, D, D); gate: (H, channels); ve: (T, D)."""
@@ -652,6 +670,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class ShardedOptimizer:
     """The three phases; a subclass says what a row is, which state it needs and how it moves."""
 
+    powers: dict[str, int]  # of the gradient, to which a state is proportional
+
     def __init__(self, params: dict[str, tuple[nn.Parameter, float]], rank: int, world_size: int):
         """params: name -> (parameter, learning-rate multiple). Re-homes each parameter in padded storage."""
         self.world_size = world_size
@@ -710,6 +730,8 @@ class ShardedOptimizer:
 class Muon(ShardedOptimizer):
     """Momentum, then orthogonalisation of each matrix on its own (Jordan et al., 2024). Rows are matrices."""
 
+    powers = dict(momentum=1)
+
     def __init__(self, params, rank: int, world_size: int, lr: float, orthogonalize, dtype: torch.dtype):
         super().__init__(params, rank, world_size)
         self.lr, self.orthogonalize, self.dtype = lr, orthogonalize, dtype
@@ -733,6 +755,8 @@ class DistAdam(ShardedOptimizer):
     eps is added before the correction of the second moment's bias, and is small enough not to matter but for
     gradients near zero.
     """
+
+    powers = dict(mean=1, square=2, step=0)
 
     def __init__(self, params, rank: int, world_size: int, lr: float, betas: tuple[float, float], eps: float):
         super().__init__(params, rank, world_size)
@@ -1233,7 +1257,7 @@ class Log:
         if rank:
             return
         self.path = log_folder(s) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
-        self.file = open(self.path, "x", encoding="utf-8")
+        self.file = open(self.path, "x", encoding="utf-8", errors="backslashreplace")
         print(f"log: {self.path}", flush=True)
 
     def write(self, *lines: str, console: bool = True) -> None:
@@ -1246,56 +1270,65 @@ class Log:
             elif console:
                 print(line, flush=True)
 
-    def open_bar(self) -> None:
+    def open_bar(self, first_step: int) -> None:
         """From here on, steps are shown on one live line, if rank 0 has a terminal."""
         if self.file is not None and sys.stdout.isatty():
             from tqdm import tqdm  # only where there is a terminal to draw on
 
             shape = "step {n_fmt}/{total_fmt} {bar} {postfix}, {remaining} left"
-            self.bar = tqdm(total=self.settings.num_iterations, file=sys.stdout, dynamic_ncols=True,
-                            bar_format=shape, leave=False)
+            self.bar = tqdm(total=self.settings.num_iterations, initial=first_step, file=sys.stdout,
+                            dynamic_ncols=True, bar_format=shape, leave=False)
 
     def times(self, step: int, clock: Clock) -> str:
         elapsed = clock.milliseconds()
         return f"train_time:{elapsed:.0f}ms step_avg:{elapsed / max(step, 1):.2f}ms"
 
-    def step(self, step: int, loss: Callable[[], float], clock: Clock) -> None:
+    def step(self, step: int, report: "Callable[[], StepReport]", clock: Clock) -> int:
         """Note that `step` steps are enqueued, and write the line of the one before.
 
-        loss waits for the step's mean loss. A GPU has the next step to do while it waits; on the CPU nothing
-        is enqueued, so the line is written at once.
+        report waits for the step. A GPU has the next step to do while it waits; on the CPU nothing is
+        enqueued, so the line is written at once. Returns the stop signal of the step whose line it wrote.
         """
-        self.flush(clock)
-        self.pending = (step, loss)
-        if clock.device.type == "cpu":
-            self.flush(clock)
+        stop_signal = self.flush(clock)
+        self.pending = (step, report)
+        return self.flush(clock) if clock.device.type == "cpu" else stop_signal
 
-    def flush(self, clock: Clock) -> None:
-        """Write the line that is still to come, if there is one."""
+    def flush(self, clock: Clock) -> int:
+        """Write the line that is still to come, if there is one. Returns the stop signal of its step."""
         if self.pending is None:
-            return
-        (step, loss), self.pending, s = self.pending, None, self.settings
-        value = loss()  # on every rank, so that none runs further ahead than the others
+            return 0
+        (step, report), self.pending, s = self.pending, None, self.settings
+        loss, stop_signal = report()  # on every rank, so that all stop alike, and none runs further ahead
         if self.file is None:
-            return
-        self.write(f"step:{step}/{s.num_iterations} {self.times(step, clock)} train_loss:{value:.4f}",
+            return stop_signal
+        self.write(f"step:{step}/{s.num_iterations} {self.times(step, clock)} train_loss:{loss:.4f}",
                    console=self.bar is None)
         if self.bar is not None:
             average = clock.milliseconds() / step
-            self.bar.set_postfix_str(f"train {value:.3f}, val {self.val_loss}, {average:.0f} ms/step, "
+            self.bar.set_postfix_str(f"train {loss:.3f}, val {self.val_loss}, {average:.0f} ms/step, "
                                      f"{1000 * s.batch_tokens / average:,.0f} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
+        return stop_signal
 
     def validation(self, step: int, val_loss: float, clock: Clock) -> None:
         self.val_loss = f"{val_loss:.3f}"
         times = self.times(step, clock)
         self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {times}")
 
-    def result(self, step: int, val_loss: float, clock: Clock) -> None:
-        """The final lines, for people and for programs."""
+    def close_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    def stopped(self, step: int, number: int) -> None:
+        """The final line of a run that a signal ended."""
+        self.close_bar()
+        name, steps = signal.Signals(number).name, self.settings.num_iterations
+        self.write(f"stopped by {name} after step {step} of {steps}")
+
+    def result(self, step: int, val_loss: float, clock: Clock) -> None:
+        """The final lines, for people and for programs."""
+        self.close_bar()
         s, reached = self.settings, val_loss <= self.settings.target_loss
         self.write(f"target {'' if reached else 'not '}reached: validation loss {val_loss:.4f}, target "
                    f"{s.target_loss:g}, at step {step} of {s.num_iterations}, after "
@@ -1306,6 +1339,341 @@ class Log:
                    f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
         if self.file is not None:
             print(f"log: {self.path}", flush=True)
+
+
+class StopSignal:
+    """A context in which SIGTERM and Ctrl-C ask the run to stop: `number` is that of the first, 0 before.
+
+    Another one ends the process at once, unless it comes within a second, in which it counts as the same:
+    torchrun passes on to its processes what the terminal has sent to them too.
+    """
+
+    def __init__(self):
+        self.number, self.since, self.before = 0, 0.0, {}
+
+    def receive(self, number: int, frame) -> None:
+        if self.number and time.monotonic() - self.since > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# A checkpoint is a folder step_NNNNNN in the folder of its run, LOG_DIR/RUN.checkpoints:
+#   rank_K.bin       of rank K: the length of a JSON index in 8 bytes, the index, and the tensors' bytes: the
+#                    parameters (rank 0), this rank's rows of the optimizers' state, its random state;
+#   checkpoint.json  step, clock, position in the data, settings, hashes of source and data, and the SHA-256
+#                    of every rank's file;
+#   complete         the SHA-256 of checkpoint.json; written last, before the folder gets its name.
+# Another number of ranks can go on from it: rows are put together in their order, and scaled, since gradients
+# are averages over ranks.
+
+
+class DamagedCheckpoint(Exception):
+    """What is wrong with a checkpoint, in a sentence."""
+
+
+def write_synced(path: Path, *parts) -> str:
+    """Write bytes, down to the disk; returns their SHA-256. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """One rank's file; returns its SHA-256. Raises OSError."""
+    index, offset = {}, 0
+    for name, x in tensors.items():
+        index[name] = dict(dtype=str(x.dtype).removeprefix("torch."), shape=list(x.shape), offset=offset)
+        offset += x.numel() * x.element_size()
+    head = json.dumps(index).encode()
+    raw = (x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for x in tensors.values())
+    return write_synced(path, len(head).to_bytes(8, "little"), head, *raw)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a rank's file whose hash was found right. Nothing in it is executed."""
+    data = np.fromfile(path, dtype=np.uint8)
+    start, found = 8 + int.from_bytes(data[:8].tobytes(), "little"), {}
+    for name, about in json.loads(data[8:start].tobytes()).items():
+        dtype, first = getattr(torch, about["dtype"]), start + about["offset"]
+        raw = data[first:first + math.prod(about["shape"]) * dtype.itemsize].copy()  # for its alignment
+        found[name] = torch.from_numpy(raw).view(dtype).view(about["shape"])
+    return found
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """checkpoint.json of a whole checkpoint; every byte is checked first. Raises DamagedCheckpoint."""
+    def check(name: str, expected: str):
+        digest = hashlib.sha256()
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != expected:
+            found = digest.hexdigest()
+            raise DamagedCheckpoint(f"{folder / name}: expected SHA-256 {expected}, found {found}")
+
+    try:
+        check("checkpoint.json", (folder / "complete").read_text(encoding="ascii"))
+        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        for rank, expected in enumerate(about["files"]):
+            check(f"rank_{rank}.bin", expected)
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{folder}: expected a whole checkpoint, found {error}") from None
+    return about
+
+
+def checkpoints_in(*runs: Path) -> list[Path]:
+    """The checkpoints in the folders of runs, the one that was written last first."""
+    found = [folder for run in runs for folder in run.glob("step_*[0-9]")]
+    return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder), reverse=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, or nothing. What a kill leaves of it has no checkpoint's name."""
+    with contextlib.suppress(OSError):
+        folder = folder.rename(folder.with_suffix(".removed"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def resume_candidates(s: Settings) -> list[Path]:
+    """The checkpoints that RESUME may mean, the best first. Raises UserError where it names none."""
+    if not s.resume:
+        return []
+    if s.resume == "auto":
+        return checkpoints_in(*(run for run in Path(s.log_dir).glob("*.checkpoints") if not is_alive(run)))
+    given = Path(s.resume)
+    found = [given] if (given / "complete").exists() else checkpoints_in(given)
+    if not found:
+        raise UserError("RESUME: expected auto, a checkpoint (with a file `complete`), or a folder of some, "
+                        f"found {s.resume!r}; correct it.", exit_code=2)
+    return found
+
+
+def lock(run: Path) -> int | None:
+    """Hold a run's folder while this process lives: its descriptor, or None where another holds it."""
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
+
+
+def is_alive(run: Path) -> bool:
+    """Whether some process is writing checkpoints there."""
+    handle = lock(run)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
+
+
+def from_rank_0(text: str, world: World, device: torch.device) -> str:
+    """Rank 0's text, on every rank."""
+    if world.size == 1:
+        return text
+    data = torch.tensor(list(os.fsencode(text)), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(data), device=device)
+    dist.broadcast(size, 0)
+    data = data if world.rank == 0 else data.new_empty(int(size))
+    if size:
+        dist.broadcast(data, 0)
+    return os.fsdecode(bytes(data.tolist()))
+
+
+class Checkpoints:
+    """Puts the state of a run back, and writes it. Every public method is called on all ranks alike."""
+
+    # settings in which a run may differ from the checkpoint that it goes on from
+    FREE = {"nproc", "log_dir", "data_path", "checkpoint_every", "checkpoint_last", "checkpoint_keep",
+            "resume", "resume_changed"}
+
+    def __init__(self, s: Settings, world: World, model: GPT, optimizers, loader: TrainLoader, clock: Clock,
+                 log: Log, hashes: dict[str, str]):
+        """hashes: of source and data, by name."""
+        self.settings, self.world, self.model, self.optimizers = s, world, model, optimizers
+        self.loader, self.clock, self.log, self.hashes = loader, clock, log, hashes
+        self.folder, self.handle = None, None
+
+    def settle(self, problem: str) -> None:
+        """Raise on all ranks the UserError (exit code 2) that rank 0 has found, if any."""
+        problem = from_rank_0(problem, self.world, self.model.scalars.device)
+        if problem:
+            raise UserError(problem, exit_code=2)
+
+    def resume(self) -> int:
+        """Put back the checkpoint that RESUME means, if any, and open the run's folder; returns the step.
+
+        Raises UserError where that checkpoint is another run's, where none is whole, and where checkpoints
+        are wanted that cannot be written.
+        """
+        chosen, problem = None, ""
+        try:
+            chosen = self.choose() if self.world.rank == 0 else None
+        except UserError as error:
+            problem = str(error)
+        self.settle(problem)
+        chosen = from_rank_0(str(chosen or ""), self.world, self.model.scalars.device)
+        step = self.load(Path(chosen)) if chosen else 0
+        if self.settings.checkpoint_every or self.settings.checkpoint_last:
+            problem = self.open_folder(Path(chosen) if chosen else None) if self.world.rank == 0 else ""
+            self.settle(problem)
+            self.folder = Path(from_rank_0(str(self.folder), self.world, self.model.scalars.device))
+        return step
+
+    def choose(self) -> Path | None:
+        """The first candidate that is whole. Raises UserError where it is another run's, or none is whole."""
+        s, damaged = self.settings, ""
+        mine = asdict(s) | self.hashes
+        for folder in resume_candidates(s):
+            try:
+                about = read_checkpoint(folder)
+            except DamagedCheckpoint as problem:
+                damaged = str(problem)
+                self.log.write(f"checkpoint: damaged, trying the one before it: {problem}")
+                continue
+            theirs = about["settings"] | about["hashes"]
+            differing = [f"{name} {theirs.get(name)!r} (here {mine.get(name)!r})"
+                         for name in sorted((mine | theirs).keys() - self.FREE)
+                         if mine.get(name) != theirs.get(name)]
+            if differing and not s.resume_changed:
+                raise UserError(f"RESUME: expected a checkpoint of this run, found {folder} with "
+                                f"{', '.join(differing)}; undo that, name another, or set RESUME_CHANGED=1.")
+            return folder
+        if damaged:
+            raise UserError(f"RESUME: {damaged}, and no other one; start anew without RESUME.")
+        if s.resume:
+            self.log.write(f"checkpoint: none in {s.log_dir} that no living run holds; starting anew")
+        return None
+
+    def optimizer_state(self):
+        """(label, tensor, rows over all ranks or None for a number, power of the gradient) of each state."""
+        for optimizer in self.optimizers:
+            for shard in optimizer.shards:
+                num_rows = len(optimizer.as_rows(shard.param.data))
+                for key, x in shard.state.items():
+                    yield (f"{key} of {shard.name}", x, num_rows if x.dim() else None,
+                           optimizer.powers[key])
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> int:
+        """Put all back from a whole checkpoint; returns its step. Raises UserError if it cannot fit."""
+        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        saved = [read_tensors(folder / f"rank_{rank}.bin") for rank in range(len(about["files"]))]
+        world, nothing = self.world, torch.empty(0)
+
+        def put(x: Tensor, label: str, values: Tensor):
+            if (x.shape, x.dtype) != (values.shape, values.dtype):
+                raise UserError(f"RESUME: expected {label} as {tuple(x.shape)} {x.dtype}, found "
+                                f"{tuple(values.shape)} {values.dtype} in {folder}; undo the change.",
+                                exit_code=2)
+            x.copy_(values)
+
+        for name, p in self.model.named_parameters():
+            put(p.data, name, saved[0].get(name, nothing))
+        ratio = len(saved) / world.size  # of gradients, which are averages over ranks
+        for label, x, num_rows, power in self.optimizer_state():
+            values = [tensors.get(label, nothing) for tensors in saved]
+            if num_rows is None:
+                values = values[0]
+            else:
+                values = torch.cat(values)[:num_rows]
+                padding = values.new_zeros(len(x) * world.size - num_rows, *values.shape[1:])
+                values = torch.cat((values, padding)).chunk(world.size)[world.rank]
+            put(x, label, values * ratio**power)
+        if world.rank < len(saved):  # nothing is drawn after the initial weights; an experiment may
+            torch.set_rng_state(saved[world.rank]["random state"])
+        self.loader.seek(tuple(about["position"]))
+        self.clock.total = about["training_seconds"]
+        self.log.write(f"resumed: {folder}, step {about['step']}, after {self.clock.total:.1f} s of training"
+                       + ", with changes" * self.settings.resume_changed)
+        return about["step"]
+
+    def open_folder(self, resumed: Path | None) -> str:
+        """On rank 0: take the checkpoint's folder, or make one, and see that it has room; '' or a problem."""
+        keep, size = self.settings.checkpoint_keep, sum(x.nbytes for x in self.model.parameters())
+        size += self.world.size * sum(x.nbytes for _, x, *_ in self.optimizer_state())
+        need = (keep + 1) * size
+        try:
+            self.handle = lock(resumed.parent) if resumed else None  # not that of a run that is alive
+            self.folder = self.log.path.with_suffix(".checkpoints") if self.handle is None else resumed.parent
+            self.folder.mkdir(exist_ok=True)
+            self.handle = self.handle or lock(self.folder)
+            for rest in self.folder.glob("step_*.*"):  # of a run that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return (f"LOG_DIR: expected to write checkpoints in {self.folder}, found: {error.strerror}; "
+                    "correct it, or set LOG_DIR to another folder.")
+        self.log.write(f"checkpoints: the newest {keep} in {self.folder}")
+        return "" if free >= need else (
+            f"LOG_DIR: expected {need / 1e6:,.0f} MB of free disk space for CHECKPOINT_KEEP + 1 = {keep + 1} "
+            f"checkpoints, found {free / 1e6:,.0f} MB at {self.folder}; make room, or set LOG_DIR to another "
+            "disk.")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps. One that cannot be written is logged, and leaves nothing."""
+        if self.folder is None:
+            return
+        world, device = self.world, self.model.scalars.device
+        partial = self.folder / f"step_{step:06d}.partial"
+        tensors = dict(self.model.named_parameters()) if world.rank == 0 else {}
+        tensors |= {label: x for label, x, *_ in self.optimizer_state()}
+        tensors["random state"] = torch.get_rng_state()
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # then no rank can write
+                partial.mkdir()
+        if world.size > 1:
+            dist.barrier()
+        digest, problem = bytes(32), "another rank could not write its file"
+        try:
+            digest = bytes.fromhex(write_tensors(partial / f"rank_{world.rank}.bin", tensors))
+        except OSError as error:
+            problem = str(error)
+        digests = torch.zeros(world.size, 32, dtype=torch.uint8, device=device)
+        digests[world.rank] = torch.tensor(list(digest), dtype=torch.uint8)
+        if world.size > 1:
+            dist.all_reduce(digests)
+        if world.rank == 0:
+            self.finish(step, partial, [bytes(row).hex() for row in digests.tolist()], problem)
+
+    def finish(self, step: int, partial: Path, digests: list[str], problem: str) -> None:
+        """On rank 0: make the checkpoint whole and remove the oldest; or remove what there is of it."""
+        folder = partial.with_suffix("")
+        try:
+            if "00" * 32 in digests:
+                raise OSError(problem)
+            about = dict(step=step, training_seconds=self.clock.total, position=self.loader.position,
+                         settings=asdict(self.settings), hashes=self.hashes, log=self.log.path.name,
+                         files=digests)
+            mark = write_synced(partial / "checkpoint.json", json.dumps(about, indent=1).encode())
+            write_synced(partial / "complete", mark.encode())
+            remove(folder)  # one that was found damaged, or is written again
+            partial.rename(folder)
+            os.fsync(self.handle)
+            self.log.write(f"checkpoint: {folder}")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            newest = next(iter(checkpoints_in(self.folder)), "none")
+            self.log.write(f"checkpoint: step {step} could not be written: {error}; training goes on, and "
+                           f"the newest is {newest}")
+        for old in checkpoints_in(self.folder)[self.settings.checkpoint_keep:]:
+            remove(old)
 
 
 def output_of(*command: str) -> str | None:
@@ -1354,34 +1722,65 @@ def describe_data(shards: list[TokenShard], plan: DataUse, s: Settings) -> str:
             f"{counted(len(shards), 'shard')}; {plan}")
 
 
-def fetch_later(x: Tensor) -> Callable[[], float]:
-    """Start copying a scalar to the host; the result waits for the copy, but not for what comes after it."""
+def fetch_later(x: Tensor) -> Callable[[], Tensor]:
+    """Start copying to the host; the result waits for the copy, but not for what comes after it."""
     if x.device.type == "cpu":
-        return x.item
-    host, arrived = torch.empty((), pin_memory=True), torch.cuda.Event()
+        return lambda: x
+    host, arrived = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
     host.copy_(x, non_blocking=True)
     arrived.record()
 
-    def value() -> float:
+    def value() -> Tensor:
         arrived.synchronize()
-        return host.item()
+        return host
 
     return value
 
 
-def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings) -> Callable[[], float]:
-    """One optimizer step. Returns a function that waits until it is done, and gives the batch's mean loss."""
-    losses = []
-    for _ in range(loader.batch.per_rank):
+class StepReport(NamedTuple):
+    """What all ranks know of a step that is done."""
+
+    loss: float  # mean over the batch, nats
+    stop_signal: int  # the highest that any rank had received by then; 0 for none
+
+
+def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
+               stop_signal: int = 0) -> Callable[[], StepReport]:
+    """One optimizer step. Returns a function that waits until it is done and gives its report.
+
+    That raises UserError where a loss or gradient was not finite on any rank. On the CPU, where nothing needs
+    to be waited for, this is raised before the optimizers move; a GPU is not stopped to look, and the host
+    finds out while the next step runs: after the weights were spoiled, but before anything of them is kept.
+    """
+    batch, losses = loader.batch, []
+    for _ in range(batch.per_rank):
         loss = forward(*loader.next_batch(), attention_windows(step, s))
         loss.backward()
         losses.append(loss.detach())
-    mean = torch.stack(losses).sum() / s.batch_tokens
-    work = dist.all_reduce(mean, async_op=True) if loader.batch.world_size > 1 else None
+    # A row a rank: stop signal, loss, and for each gradient whether its largest entry is no finite number.
+    grads = {shard.name: shard.param.grad for optimizer in optimizers for shard in optimizer.shards}
+    largest = torch.stack([torch.linalg.vector_norm(grad, torch.inf).float() for grad in grads.values()])
+    names = ["the loss", *(f"the gradient of {name}" for name in grads)]
+    table = torch.zeros(batch.world_size, 1 + len(names), device=loss.device)
+    row = table[loader.rank]
+    row[0], row[1], row[2:] = stop_signal, torch.stack(losses).sum(), ~largest.isfinite()
+    if batch.world_size > 1:
+        dist.all_reduce(table)  # on a GPU it waits for this, the host does not
+    fetched = fetch_later(table)
+
+    def report() -> StepReport:
+        table = fetched().double()
+        spoiled = [f"{name} on rank {rank}" for rank, (_, loss, *flags) in enumerate(table.tolist())
+                   for name, bad in zip(names, [not math.isfinite(loss), *flags]) if bad]
+        if spoiled:
+            raise UserError(f"step {step + 1}: expected finite numbers, found others in {', '.join(spoiled)};"
+                            " lower the learning rates, or go on from a checkpoint.", everywhere=True)
+        return StepReport(table[:, 1].sum().item() / s.batch_tokens, int(table[:, 0].max()))
+
+    if loss.device.type == "cpu":
+        report()
     optimizer_step(optimizers, lr_scale=lr_scale(step, s), momentum=muon_momentum(step, s))
-    if work is not None:
-        work.wait()
-    return fetch_later(mean)
+    return report
 
 
 def compiled(model: GPT, s: Settings, **options):
@@ -1425,34 +1824,48 @@ def validate(model: GPT, forward, val_tokens: np.ndarray, s: Settings, world: Wo
 
 
 def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings,
-          world: World, log: Log) -> None:
-    """The race: train and validate until the target or the last step, on a clock that validation stops."""
-    clock = Clock(model.scalars.device)
-    passes = 1
-    log.open_bar()
+          world: World, log: Log, clock: Clock, checkpoints: Checkpoints, first_step: int = 0) -> int:
+    """The race: train and validate until the target or the last step, on a clock that validation stops.
+
+    Returns the exit code: 0, or 128 and the signal that stopped it. Raises UserError where it diverged.
+    """
+    passes, stop_signal = loader.passes, 0
+    log.open_bar(first_step)
     if world.size > 1:
         dist.barrier()  # the clock starts when the last rank is ready
-    clock.start()
-    for step in range(s.num_iterations + 1):
-        last_step = step == s.num_iterations
-        if last_step or (s.val_loss_every and step % s.val_loss_every == 0):
-            clock.stop()
-            log.flush(clock)
-            val_loss = validate(model, forward, val_tokens, s, world, step)
-            log.validation(step, val_loss, clock)
-            if not math.isfinite(val_loss):
-                raise UserError(f"step {step}: expected a finite validation loss, found {val_loss}: the "
-                                "training has diverged; lower the learning rates.")
-            if last_step or val_loss <= s.target_loss:
-                break
-            clock.start()
-        loss = train_step(forward, optimizers, loader, step, s)
-        log.step(step + 1, loss, clock)
-        if loader.passes > passes:
-            passes = loader.passes
-            log.write(f"data: pass {passes} over the training shards begins in step {step + 1}")
+    with StopSignal() as received:
+        clock.start()
+        for step in range(first_step, s.num_iterations + 1):
+            last_step = step == s.num_iterations
+            validating = last_step or (s.val_loss_every and step % s.val_loss_every == 0)
+            saving = s.checkpoint_every and step % s.checkpoint_every == 0
+            if validating or saving or stop_signal:
+                clock.stop()
+                stop_signal = log.flush(clock) or stop_signal
+                if validating:
+                    val_loss = validate(model, forward, val_tokens, s, world, step)
+                    log.validation(step, val_loss, clock)
+                    if not math.isfinite(val_loss):
+                        raise UserError(f"step {step}: expected a finite validation loss, found {val_loss}:"
+                                        " training has diverged; lower the learning rates.", everywhere=True)
+                    last_step = last_step or val_loss <= s.target_loss
+                saving = saving or (stop_signal and s.checkpoint_every) or (last_step and s.checkpoint_last)
+                if saving and step > first_step:
+                    checkpoints.save(step)
+                if last_step:
+                    break
+                if stop_signal:
+                    log.stopped(step, stop_signal)
+                    return 128 + stop_signal
+                clock.start()
+            report = train_step(forward, optimizers, loader, step, s, received.number)
+            stop_signal = log.step(step + 1, report, clock)
+            if loader.passes > passes:
+                passes = loader.passes
+                log.write(f"data: pass {passes} over the training shards begins in step {step + 1}")
     log.write(f"data: {loader.use(step)}")
     log.result(step, val_loss, clock)
+    return 0
 
 
 def ensure_demo_data(s: Settings) -> None:
@@ -1496,13 +1909,14 @@ def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: 
               describe_model(s), sep="\n", flush=True)
     ensure_demo_data(s)
     shards, _, plan = check_data(s, batch)
+    resume_candidates(s)
     if not dry_run:
         log_folder(s)
     print(describe_data(shards, plan, s) if dry_run else batch.world_size)
 
 
-def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> None:
-    """From settings to the end of the race. Raises UserError for what the user can put right."""
+def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> int:
+    """From settings to the end of the race; returns the exit code. Raises UserError."""
     source = Path(__file__).read_text(encoding="utf-8")  # now, before anybody edits it
     device, why_device = choose_device(s, world)
     check_compiler(s, device)
@@ -1531,12 +1945,76 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         for p in model.parameters():
             dist.broadcast(p.data, 0)
     optimizers = make_optimizers(model, s, world.rank, world.size)
-    loader = TrainLoader(shards, s, batch, plan, world.rank, device)
+    loader, clock = TrainLoader(shards, s, batch, plan, world.rank, device), Clock(device)
+    hashes = dict(source=hashlib.sha256(source.encode()).hexdigest(), data=data_hash(shards, val_tokens))
+    checkpoints = Checkpoints(s, world, model, optimizers, loader, clock, log, hashes)
+    first_step = checkpoints.resume()
     forward = compiled(model, s) if s.torch_compile else model
     warm_up(model, forward, optimizers, loader, s)
-    train(model, forward, optimizers, loader, val_tokens, s, world, log)
-    if world.size > 1:  # only after success: a rank that failed must not wait for the others
+    code = train(model, forward, optimizers, loader, val_tokens, s, world, log, clock, checkpoints,
+                 first_step)
+    if world.size > 1:  # not after an error: a rank that failed must not wait for the others
         dist.destroy_process_group()
+    return code
+
+
+def data_hash(shards: list[TokenShard], val_tokens: np.ndarray) -> str:
+    """SHA-256 of what identifies a run's data: its shards' names and documents, and the validation tokens."""
+    digest = hashlib.sha256(val_tokens)
+    for shard in shards:
+        if shard.starts is not None:
+            digest.update(shard.path.name.encode() + shard.starts.tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_of(s: Settings):
+    """(text -> ids, id -> bytes) of a checkpoint's vocabulary. Raises UserError where it cannot be had."""
+    if (s.vocab_size, s.bos_id) == (257, 256):
+        return lambda text: list(text.encode()), lambda token: bytes([token])
+    if (s.vocab_size, s.bos_id) != (50_257, 50_256):
+        raise UserError(f"--sample: expected a vocabulary of bytes (257 ids) or of GPT-2 (50,257), found "
+                        f"{s.vocab_size} ids; no tokenizer for it is known here.")
+    try:
+        import tiktoken  # only here; python -m pip install tiktoken
+
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # the package is not there, or its vocabulary, which it fetches once
+        raise UserError(f"--sample: expected tiktoken with GPT-2's vocabulary, found: {error!r}; python -m "
+                        "pip install tiktoken, and run it once with a network.") from None
+    return gpt2.encode_ordinary, gpt2.decode_single_token_bytes
+
+
+@torch.no_grad()
+def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float) -> None:
+    """Print the prompt and up to `length` tokens after it, drawn one by one from a checkpoint's model."""
+    try:
+        s = Settings(**read_checkpoint(folder)["settings"])
+    except DamagedCheckpoint as problem:
+        raise UserError(f"--sample: {problem}; name another.") from None
+    except TypeError as error:
+        raise UserError(f"--sample: expected a checkpoint of this version's settings, found {error} in "
+                        f"{folder}; take the version that wrote it: its log holds the source.") from None
+    encode, decode = tokenizer_of(s)
+    device = choose_device(s, World(0, 1, 0, 1))[0]
+    model = GPT(s, choose_kernels(device)[0])
+    saved = read_tensors(folder / "rank_0.bin")
+    for name, p in model.named_parameters():
+        p.copy_(saved[name])
+    model.to(device)
+    ids, text = [s.bos_id, *encode(prompt)], codecs.getincrementaldecoder("utf-8")("replace")
+    generator, windows = torch.Generator().manual_seed(seed), attention_windows(s.num_iterations, s)
+    print(prompt, end="", flush=True)
+    for _ in range(length):
+        inputs = torch.tensor(ids[-len(model.cos):], dtype=torch.int32, device=device)
+        starts = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
+        x = model.hidden(inputs, starts, windows)[-1]
+        logits = 30 * torch.sigmoid((model.lm_head.type_as(x) @ x).float() / 7.5)[:s.vocab_size].cpu()
+        chances = torch.softmax(logits / max(temperature, 1e-6), 0)
+        ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+        if ids[-1] == s.bos_id:  # the document's end
+            break
+        print(text.decode(decode(ids[-1])), end="", flush=True)
+    print(text.decode(b"", final=True))
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -1556,24 +2034,37 @@ def parse_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, check data, and stop")
     parser.add_argument("--nproc", action="store_true",
                         help="check settings and data, print how many processes to start, and stop")
-    return parser.parse_args(argv)
+    parser.add_argument("--sample", type=Path, metavar="CHECKPOINT", help="print text from it, and stop")
+    parser.add_argument("--prompt", default="", help="how the text begins")
+    parser.add_argument("--length", type=int, default=300, help="most tokens to draw (default: 300)")
+    parser.add_argument("--sample-seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (default: 0.8)")
+    args = parser.parse_args(argv)
+    if args.length < 0 or not 0 <= args.temperature < math.inf:
+        parser.error("expected --length and --temperature of at least 0")
+    return args
 
 
 def main(argv=None) -> int:
-    """Returns the exit code: 0, 2 for wrong settings, 1 for anything else that the user can put right."""
+    """Returns the exit code: 0; 2 for wrong settings, 1 for what else users can put right; 128 + a signal."""
     args = parse_arguments(argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the locale cannot show
+        stream.reconfigure(errors="backslashreplace")
     speaker = ""
     try:
+        if args.sample:
+            sample(args.sample, args.prompt, args.length, args.sample_seed, args.temperature)
+            return 0
         world = World.from_environ(os.environ)
         speaker = f"rank {world.rank}: " if world.local_rank else ""
         preset, why_preset = choose_preset(os.environ)
         s, overrides = resolve_settings(os.environ, preset)
         if not (args.dry_run or args.nproc):
-            run(s, overrides, why_preset, world)
-        elif world.rank == 0:
+            return run(s, overrides, why_preset, world)
+        if world.rank == 0:
             plan_only(s, overrides, why_preset, args.dry_run)
     except UserError as error:
-        if error.exit_code != 2 or not speaker:  # wrong settings are the same on every rank
+        if not (error.everywhere and speaker):
             print(f"{speaker}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -26,7 +26,8 @@ from typing import NamedTuple
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats a token, where a log names no target: the published speedrun's
 MARGIN = 0.005  # nats a token: a loss whose interval ends below this difference is "no worse"
-NOT_COUNTED = {"seed", "log_dir", "data_path"}  # settings in which the runs of a group may differ
+NOT_COUNTED = {"seed", "log_dir", "data_path",  # settings in which the runs of a group may differ
+               "checkpoint_every", "checkpoint_last", "checkpoint_keep"}  # written while the clock stands
 BEGIN, END = "<!-- from here: written by report.py --leaderboard -->", "<!-- to here -->"
 
 
@@ -127,6 +128,9 @@ def read_log(path) -> Run:
     start = rules[-1] + 1 if rules else 0
     if not rules and not any(map(STEP.fullmatch, lines)):
         raise bad("no log of a run: it has no step lines")
+    for line in lines[start:]:
+        if line.startswith(("resumed: ", "stopped by ")):
+            raise bad(f"part of a run: {line}")
     peaks = [m for m in map(PEAK.fullmatch, lines[start:]) if m]
     if not peaks:
         steps = [m[1] for m in map(STEP.fullmatch, lines[start:]) if m]

@@ -1,6 +1,7 @@
 """What the tests share: the script as a module, small settings and models, shards on disk, and launches."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -15,6 +16,9 @@ CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, and inherited from there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = dict(
     num_layers=12,
@@ -36,6 +40,9 @@ SMALL = dict(
     dtype="float32",
     torch_compile=False,
 )
+TINY = dict(batch_tokens=64, microbatches=2, max_piece_tokens=20, val_tokens=64, val_slice_tokens=32)
+# without the noise of rounding that test_optimizers.py tells of, and to the last step
+TINY |= dict(warmup_steps=0, scalar_lr_mult=0.01, target_loss=0.0, checkpoint_every=1)
 
 
 @pytest.fixture
@@ -51,6 +58,40 @@ def data(small, tmp_path):
     write_shard(tmp_path / "val_0.bin", np.concatenate(random_documents(2, 40)))
     patterns = dict(train_files=str(tmp_path / "train_*.bin"), val_files=str(tmp_path / "val_*.bin"))
     return replace(small, device="cpu", log_dir=str(tmp_path / "logs"), **patterns)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Settings of a tiny run of six steps with a checkpoint after each; all tests read the same data."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "train_0.bin", np.concatenate(random_documents(1, 200)))
+    write_shard(folder / "val_0.bin", np.concatenate(random_documents(2, 40)))
+    patterns = dict(train_files=str(folder / "train_*.bin"), val_files=str(folder / "val_*.bin"))
+    return replace(train_gpt.Settings(), **SMALL | TINY | patterns, device="cpu")
+
+
+@pytest.fixture
+def s(shared, tmp_path):
+    return replace(shared, log_dir=str(tmp_path / "logs"))
+
+
+@pytest.fixture(scope="module")
+def whole(shared, tmp_path_factory):
+    """whole(n): the folder for logs of n ranks' run that nothing happened to."""
+    from faults import Started  # which takes this file's functions
+
+    made = {}
+
+    def run(ranks=1):
+        if ranks not in made:
+            folder = tmp_path_factory.mktemp(f"whole{ranks}")
+            settings = replace(shared, log_dir=str(folder), checkpoint_keep=6)
+            started = Started(settings, folder, ranks=ranks)
+            assert started.wait() == [0] * ranks, started.text()
+            made[ranks] = folder
+        return made[ranks]
+
+    return run
 
 
 def fresh_model(s, seed=0):

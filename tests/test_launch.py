@@ -93,7 +93,7 @@ def test_it_is_found_through_links_from_another_folder_and_with_cdpath(checkout,
     assert done.code == 0 and done.calls[-1] == checkout.torchrun(1)
 
 
-@pytest.mark.parametrize("argument", ["-h", "--help", "--dry-run", "--nproc"])
+@pytest.mark.parametrize("argument", ["-h", "--help", "--dry-run", "--nproc", "--sample", "--sample=x"])
 def test_what_only_tells_something_starts_no_torchrun(checkout, argument):
     done = checkout.run(argument, "more", REFUSED=3)
     assert done.calls[-1] == f"fake|{checkout.folder / 'train_gpt.py'}|{argument}|more|OMP_NUM_THREADS=unset"

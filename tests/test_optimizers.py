@@ -253,7 +253,7 @@ def test_a_run_after_a_warm_up_is_the_run_without_one(small, start):
         model, optimizers, loader = start()
         if warm:
             train_gpt.warm_up(model, model, optimizers, loader, small)
-        losses[warm] = [train_gpt.train_step(model, optimizers, loader, i, small)() for i in range(3)]
+        losses[warm] = [train_gpt.train_step(model, optimizers, loader, i, small)().loss for i in range(3)]
     assert losses[True] == losses[False] and len(set(losses[True])) == 3
 
 
@@ -279,9 +279,9 @@ def test_a_train_step_sums_gradients_over_microbatches_and_reports_the_mean_loss
         found["rates"] = lr_scale, momentum
 
     monkeypatch.setattr(train_gpt, "optimizer_step", keep)
-    mean = train_gpt.train_step(model, optimizers, loader, 1, small)
+    report = train_gpt.train_step(model, optimizers, loader, 1, small, stop_signal=15)
     assert found.pop("rates") == (1.0, pytest.approx(0.85 + 0.1 / 300))
-    assert mean() == pytest.approx(sum(losses) / 512, rel=1e-5)
+    assert report() == (pytest.approx(sum(losses) / 512, rel=1e-5), 15)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 

@@ -33,6 +33,13 @@ class FakeModel:
     scalars = torch.zeros(1)
 
 
+class FakeCheckpoints:
+    """Stands in for the checkpoints, and keeps the steps after which one was written."""
+
+    def __init__(self, saved):
+        self.save = saved.append
+
+
 class FakeLoader:
     """Stands in for the loader; its second pass begins in step 3."""
 
@@ -47,7 +54,7 @@ class FakeLoader:
         return f"what {steps} steps took"
 
 
-def raced(monkeypatch, tmp_path, losses, **changes):
+def raced(monkeypatch, tmp_path, losses, saved=None, **changes):
     """Steps trained, steps validated and log lines of a race whose validations give `losses` in turn.
 
     A training step takes a second, a validation 1000.
@@ -55,9 +62,9 @@ def raced(monkeypatch, tmp_path, losses, **changes):
     s = replace(Settings(), **dict(log_dir=str(tmp_path), num_iterations=10, val_loss_every=4) | changes)
     trained, validated, losses = [], [], iter(losses)
 
-    def train_step(forward, optimizers, loader, step, s):
+    def train_step(forward, optimizers, loader, step, s, stop_signal):
         trained.append(step)
-        return lambda: 1.0
+        return lambda: (1.0, stop_signal)
 
     def validate(model, forward, val_tokens, s, world, step):
         validated.append(step)
@@ -67,7 +74,9 @@ def raced(monkeypatch, tmp_path, losses, **changes):
     monkeypatch.setattr(train_gpt, "validate", validate)
     monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
     log = Log(s, 0)
-    train(FakeModel, None, None, FakeLoader(trained), None, s, World(0, 1, 0, 1), log)
+    world, clock = World(0, 1, 0, 1), Clock(torch.device("cpu"))
+    checkpoints = FakeCheckpoints([] if saved is None else saved)
+    train(FakeModel, None, None, FakeLoader(trained), None, s, world, log, clock, checkpoints)
     return trained, validated, log.path.read_text().splitlines()
 
 
@@ -80,6 +89,23 @@ def test_the_race_validates_every_so_often_and_after_the_last_step(monkeypatch, 
         "step_avg:1000.00ms",
         "peak memory allocated: 0 MiB reserved: 0 MiB",
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, losses, expected",
+    [
+        (dict(), [4.0, 4.0, 4.0, 4.0], []),
+        (dict(checkpoint_every=3), [4.0, 4.0, 4.0, 4.0], [3, 6, 9]),
+        (dict(checkpoint_every=5, checkpoint_last=True), [4.0, 4.0, 4.0, 4.0], [5, 10]),
+        (dict(checkpoint_last=True), [4.0, 4.0, 3.0], [8]),
+    ],
+)
+def test_checkpoints_are_written_every_so_often_and_at_the_end_if_asked(
+    monkeypatch, tmp_path, changes, losses, expected
+):
+    saved = []
+    raced(monkeypatch, tmp_path, losses, saved, **changes)
+    assert saved == expected
 
 
 def test_each_further_pass_over_the_data_and_what_was_taken_are_logged(monkeypatch, tmp_path):
@@ -151,7 +177,7 @@ def test_a_step_line_on_a_gpu_is_written_one_step_later(tmp_path):
     clock = Clock(torch.device("cuda"))
 
     def loss(value):
-        return lambda: waited.append(value) or value
+        return lambda: waited.append(value) or (value, 0)
 
     log.step(1, loss(5.0), clock)
     assert waited == [] and "step:1/" not in log.path.read_text()
@@ -165,7 +191,7 @@ def test_a_step_line_on_a_gpu_is_written_one_step_later(tmp_path):
 
 def test_a_step_line_on_the_cpu_is_written_at_once(tmp_path):
     log = Log(replace(Settings(), log_dir=str(tmp_path)), 0)
-    log.step(1, lambda: 5.0, Clock(torch.device("cpu")))
+    assert log.step(1, lambda: (5.0, 15), Clock(torch.device("cpu"))) == 15
     assert "train_loss:5.0000" in log.path.read_text()
 
 
