@@ -38,11 +38,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -954,7 +955,7 @@ class DocumentWalk:
         """
         (shard, document), missing, pieces = self.position, num_tokens + 1, []
         while missing:
-            if shard == self.epochs * len(self.shards):
+            if shard >= self.epochs * len(self.shards):
                 return None
             starts = self.shards[shard % len(self.shards)].index()
             if document == len(starts) - 1:
@@ -994,17 +995,20 @@ def data_use(shards: list[TokenShard], position: tuple[int, int], batch: BatchPl
     return DataUse(steps, used, read - used, most_pieces, ceil_div(shard + (document > 0), len(shards)))
 
 
-def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings) -> DataUse:
-    """Walk the planned steps, or as many as there are documents for. Indexes every shard that it comes to."""
-    walk, most, steps = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0, 0
+def plan_data(shards: list[TokenShard], batch: BatchPlan, s: Settings, steps: int = 0,
+              position: tuple[int, int] = (0, 0)) -> DataUse:
+    """Walk the planned steps, or as many as there are documents for, after `steps` that ended at `position`.
+
+    Indexes every shard that it comes to.
+    """
+    walk, most = DocumentWalk(shards, s.max_piece_tokens, s.epochs), 0
     while steps < s.num_iterations:
-        position = walk.position
+        walk.position = position
         microbatches = [walk.next_microbatch(batch.microbatch_tokens) for _ in range(batch.microbatches)]
         if None in microbatches:
-            walk.position = position
             break
-        steps, most = steps + 1, max(most, *map(len, microbatches))
-    return data_use(shards, walk.position, batch, steps, most)
+        steps, position, most = steps + 1, walk.position, max(most, *map(len, microbatches))
+    return data_use(shards, position, batch, steps, most)
 
 
 def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndarray, DataUse]:
@@ -1068,7 +1072,7 @@ class TrainLoader:
 
     def __init__(self, shards: list[TokenShard], s: Settings, batch: BatchPlan, plan: DataUse, rank: int,
                  device: torch.device, batches_ahead: int = 4):
-        self.walk = DocumentWalk(shards, s.max_piece_tokens, s.epochs)
+        self.settings, self.walk = s, DocumentWalk(shards, s.max_piece_tokens, s.epochs)
         self.batch, self.rank, self.device, self.bos_id = batch, rank, device, s.bos_id
         self.most_pieces = plan.most_pieces
         self.cu_seqlens_length = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
@@ -1084,6 +1088,23 @@ class TrainLoader:
         self.position = position
         self.thread.submit(setattr, self.walk, "position", position)  # after the batch that it may be at
         self.ahead = deque(self.thread.submit(self.assemble) for _ in range(self.batches_ahead))
+
+    def place(self, position: tuple[int, int]) -> list:
+        """Where the documents after a position begin: a shard's name and a token's number."""
+        shard, document = self.walk.shards[position[0] % len(self.walk.shards)], position[1]
+        return [shard.path.name, int(shard.index()[min(document, len(shard.index()) - 1)])]
+
+    def resume(self, steps: int, position: tuple[int, int]) -> None:
+        """Go on where another run was after `steps` steps. Raises UserError where there is too little."""
+        s, batch = self.settings, self.batch
+        plan = plan_data(self.walk.shards, batch, s, steps, position)
+        if plan.steps < s.num_iterations:
+            raise UserError(f"RESUME: expected documents for NUM_ITERATIONS={s.num_iterations} steps, found "
+                            f"enough until step {plan.steps}, going on after step {steps}; lower "
+                            "NUM_ITERATIONS, raise EPOCHS, or add shards.", exit_code=2)
+        room = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
+        self.cu_seqlens_length = max(self.cu_seqlens_length, room)
+        self.seek(position)
 
     def next_batch(self) -> Batch:
         """The next batch, on the device. Raises UserError where a shard no longer is what it was."""
@@ -1195,6 +1216,10 @@ class World(NamedTuple):
             found = ", ".join(f"{name}={environ[name]}" for name in given)
             raise UserError(f"{', '.join(names)}: expected all of them, as torchrun sets them, or none, "
                             f"found {found}.", exit_code=2)
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+        if world.size > 1 and missing:
+            raise UserError(f"{', '.join(missing)}: expected where rank 0 listens, as torchrun sets it, "
+                            f"found nothing beside WORLD_SIZE={world.size}.", exit_code=2)
         return world
 
 
@@ -1254,6 +1279,7 @@ class Log:
 
     def __init__(self, s: Settings, rank: int):
         self.settings, self.file, self.bar, self.pending, self.val_loss = s, None, None, None, "-"
+        self.complete = True
         if rank:
             return
         self.path = log_folder(s) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.txt"
@@ -1264,11 +1290,26 @@ class Log:
         if self.file is None:
             return
         for line in lines:
-            print(line, file=self.file, flush=True)
+            try:
+                print(line, file=self.file, flush=True)
+            except OSError as error:  # what is lost of a log is not worth a run
+                if self.complete:
+                    print(f"{self.path}: expected to write the log, found: {error}; the run goes on, and "
+                          "its log may lack lines", file=sys.stderr)
+                self.complete = False
             if console and self.bar is not None:
                 self.bar.write(line, file=sys.stdout)
             elif console:
                 print(line, flush=True)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """The last line of a run that ends before its time says why."""
+        self.close_bar()
+        if kind is not None:
+            self.write(f"ended by {kind.__name__}: {error}", console=False)
 
     def open_bar(self, first_step: int) -> None:
         """From here on, steps are shown on one live line, if rank 0 has a terminal."""
@@ -1345,25 +1386,37 @@ class StopSignal:
     """A context in which SIGTERM and Ctrl-C ask the run to stop: `number` is that of the first, 0 before.
 
     Another one ends the process at once, unless it comes within a second, in which it counts as the same:
-    torchrun passes on to its processes what the terminal has sent to them too.
+    torchrun passes on to its processes what the terminal has sent to them too. A thread sees to that, since
+    Python runs no handler while the main thread waits for other ranks.
     """
 
     def __init__(self):
-        self.number, self.since, self.before = 0, 0.0, {}
+        self.number = 0
 
     def receive(self, number: int, frame) -> None:
-        if self.number and time.monotonic() - self.since > 1:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
+        self.number = self.number or number
+
+    def watch(self) -> None:
+        first = None
+        with open(self.read_end, "rb", buffering=0) as pipe:
+            while received := pipe.read(1):  # a byte a signal, and nothing once the other end is closed
+                first = first or time.monotonic()
+                if time.monotonic() - first > 1:
+                    os._exit(128 + received[0])
 
     def __enter__(self) -> "StopSignal":
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        threading.Thread(target=self.watch, name="signals", daemon=True).start()
         self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.fd_before = signal.set_wakeup_fd(self.write_end)
         return self
 
     def __exit__(self, *error) -> None:
+        signal.set_wakeup_fd(self.fd_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        os.close(self.write_end)
 
 
 # A checkpoint is a folder step_NNNNNN in the folder of its run, LOG_DIR/RUN.checkpoints:
@@ -1435,10 +1488,21 @@ def read_checkpoint(folder: Path) -> dict:
     return about
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold the names that are in a folder. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def checkpoints_in(*runs: Path) -> list[Path]:
-    """The checkpoints in the folders of runs, the one that was written last first."""
-    found = [folder for run in runs for folder in run.glob("step_*[0-9]")]
-    return sorted(found, key=lambda folder: (folder.stat().st_mtime_ns, folder), reverse=True)
+    """The checkpoints in the folders of runs, the newest first: by step; the run that wrote last first."""
+    found = [sorted(run.glob("step_*[0-9]"), key=lambda x: (len(x.name), x.name), reverse=True)
+             for run in runs]
+    found.sort(key=lambda run: max((x.stat().st_mtime_ns for x in run), default=0), reverse=True)
+    return [folder for run in found for folder in run]
 
 
 def remove(folder: Path) -> None:
@@ -1462,20 +1526,28 @@ def resume_candidates(s: Settings) -> list[Path]:
     return found
 
 
-def lock(run: Path) -> int | None:
-    """Hold a run's folder while this process lives: its descriptor, or None where another holds it."""
-    handle = os.open(run, os.O_RDONLY)
+def lock(run: Path, create: bool = False) -> int | None:
+    """Hold a run's folder while this process lives: a descriptor, or None where another process holds it.
+
+    On a file system without locks nothing is held, and nothing is seen to be. Raises OSError.
+    """
+    handle = os.open(run / "lock", os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         return None
+    except OSError:
+        pass
+    return handle
 
 
 def is_alive(run: Path) -> bool:
     """Whether some process is writing checkpoints there."""
-    handle = lock(run)
+    try:
+        handle = lock(run)
+    except OSError:  # it has no lock, or is another user's
+        return False
     if handle is not None:
         os.close(handle)
     return handle is None
@@ -1494,6 +1566,19 @@ def from_rank_0(text: str, world: World, device: torch.device) -> str:
     return os.fsdecode(bytes(data.tolist()))
 
 
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, by name, uint8."""
+    gpu = {"random state of the GPU": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"random state": torch.get_rng_state()} | gpu
+
+
+def set_random_state(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what random_state gave, so far as this device has such generators."""
+    torch.set_rng_state(tensors["random state"])
+    if device.type == "cuda" and "random state of the GPU" in tensors:
+        torch.cuda.set_rng_state(tensors["random state of the GPU"], device)
+
+
 class Checkpoints:
     """Puts the state of a run back, and writes it. Every public method is called on all ranks alike."""
 
@@ -1506,11 +1591,12 @@ class Checkpoints:
         """hashes: of source and data, by name."""
         self.settings, self.world, self.model, self.optimizers = s, world, model, optimizers
         self.loader, self.clock, self.log, self.hashes = loader, clock, log, hashes
-        self.folder, self.handle = None, None
+        self.device = clock.device
+        self.folder, self.handle, self.damaged = None, None, []
 
     def settle(self, problem: str) -> None:
         """Raise on all ranks the UserError (exit code 2) that rank 0 has found, if any."""
-        problem = from_rank_0(problem, self.world, self.model.scalars.device)
+        problem = from_rank_0(problem, self.world, self.device)
         if problem:
             raise UserError(problem, exit_code=2)
 
@@ -1526,12 +1612,12 @@ class Checkpoints:
         except UserError as error:
             problem = str(error)
         self.settle(problem)
-        chosen = from_rank_0(str(chosen or ""), self.world, self.model.scalars.device)
+        chosen = from_rank_0(str(chosen or ""), self.world, self.device)
         step = self.load(Path(chosen)) if chosen else 0
         if self.settings.checkpoint_every or self.settings.checkpoint_last:
             problem = self.open_folder(Path(chosen) if chosen else None) if self.world.rank == 0 else ""
             self.settle(problem)
-            self.folder = Path(from_rank_0(str(self.folder), self.world, self.model.scalars.device))
+            self.folder = Path(from_rank_0(str(self.folder), self.world, self.device))
         return step
 
     def choose(self) -> Path | None:
@@ -1543,7 +1629,8 @@ class Checkpoints:
                 about = read_checkpoint(folder)
             except DamagedCheckpoint as problem:
                 damaged = str(problem)
-                self.log.write(f"checkpoint: damaged, trying the one before it: {problem}")
+                self.damaged.append(folder)
+                self.log.write(f"checkpoint: damaged: {problem}")
                 continue
             theirs = about["settings"] | about["hashes"]
             differing = [f"{name} {theirs.get(name)!r} (here {mine.get(name)!r})"
@@ -1552,9 +1639,12 @@ class Checkpoints:
             if differing and not s.resume_changed:
                 raise UserError(f"RESUME: expected a checkpoint of this run, found {folder} with "
                                 f"{', '.join(differing)}; undo that, name another, or set RESUME_CHANGED=1.")
+            if about["step"] > s.num_iterations:
+                raise UserError(f"RESUME: expected a checkpoint of at most NUM_ITERATIONS={s.num_iterations} "
+                                f"steps, found {folder}; raise NUM_ITERATIONS, or name an earlier one.")
             return folder
         if damaged:
-            raise UserError(f"RESUME: {damaged}, and no other one; start anew without RESUME.")
+            raise UserError(f"RESUME: {damaged}, and no other one; name another, or start anew without.")
         if s.resume:
             self.log.write(f"checkpoint: none in {s.log_dir} that no living run holds; starting anew")
         return None
@@ -1574,6 +1664,10 @@ class Checkpoints:
         about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         saved = [read_tensors(folder / f"rank_{rank}.bin") for rank in range(len(about["files"]))]
         world, nothing = self.world, torch.empty(0)
+        position = tuple(about["position"])
+        if self.loader.place(position) != about.get("place"):  # it is one in other data
+            position = (0, 0)
+        self.loader.resume(about["step"], position)
 
         def put(x: Tensor, label: str, values: Tensor):
             if (x.shape, x.dtype) != (values.shape, values.dtype):
@@ -1595,45 +1689,49 @@ class Checkpoints:
                 values = torch.cat((values, padding)).chunk(world.size)[world.rank]
             put(x, label, values * ratio**power)
         if world.rank < len(saved):  # nothing is drawn after the initial weights; an experiment may
-            torch.set_rng_state(saved[world.rank]["random state"])
-        self.loader.seek(tuple(about["position"]))
+            set_random_state(saved[world.rank], self.device)
         self.clock.total = about["training_seconds"]
         self.log.write(f"resumed: {folder}, step {about['step']}, after {self.clock.total:.1f} s of training"
                        + ", with changes" * self.settings.resume_changed)
         return about["step"]
 
     def open_folder(self, resumed: Path | None) -> str:
-        """On rank 0: take the checkpoint's folder, or make one, and see that it has room; '' or a problem."""
-        keep, size = self.settings.checkpoint_keep, sum(x.nbytes for x in self.model.parameters())
+        """On rank 0: go on in the run's folder, or make one, and see that it has room; '' or a problem."""
+        s, size = self.settings, sum(x.nbytes for x in self.model.parameters())
         size += self.world.size * sum(x.nbytes for _, x, *_ in self.optimizer_state())
-        need = (keep + 1) * size
         try:
-            self.handle = lock(resumed.parent) if resumed else None  # not that of a run that is alive
-            self.folder = self.log.path.with_suffix(".checkpoints") if self.handle is None else resumed.parent
+            if resumed and s.resume == "auto" and not s.resume_changed:
+                self.handle = lock(resumed.parent, create=True)  # unless another got there first
+            self.folder = resumed.parent if self.handle else self.log.path.with_suffix(".checkpoints")
             self.folder.mkdir(exist_ok=True)
-            self.handle = self.handle or lock(self.folder)
-            for rest in self.folder.glob("step_*.*"):  # of a run that was killed
+            self.handle = self.handle or lock(self.folder, create=True)
+            for rest in self.folder.glob("step_*.[pr]*"):  # .partial and .removed, of a run that was killed
                 shutil.rmtree(rest, ignore_errors=True)
+            for folder in self.damaged:
+                if folder.parent == self.folder:  # so that it is not counted among the newest
+                    with contextlib.suppress(OSError):
+                        folder.rename(folder.with_suffix(".damaged"))
             with tempfile.TemporaryFile(dir=self.folder):
                 free = shutil.disk_usage(self.folder).free
         except OSError as error:
             return (f"LOG_DIR: expected to write checkpoints in {self.folder}, found: {error.strerror}; "
                     "correct it, or set LOG_DIR to another folder.")
-        self.log.write(f"checkpoints: the newest {keep} in {self.folder}")
-        return "" if free >= need else (
-            f"LOG_DIR: expected {need / 1e6:,.0f} MB of free disk space for CHECKPOINT_KEEP + 1 = {keep + 1} "
-            f"checkpoints, found {free / 1e6:,.0f} MB at {self.folder}; make room, or set LOG_DIR to another "
-            "disk.")
+        self.log.write(f"checkpoints: the newest {s.checkpoint_keep} in {self.folder}")
+        more = max(s.checkpoint_keep - len(checkpoints_in(self.folder)), 0) + 1 if s.checkpoint_every else 1
+        return "" if free >= more * size else (
+            f"LOG_DIR: expected {more * size / 1e6:,.0f} MB of free disk space at {self.folder}, for "
+            f"{counted(more, 'more checkpoint')} (CHECKPOINT_KEEP={s.checkpoint_keep}, and the one that is "
+            f"being written), found {free / 1e6:,.0f} MB; make room.")
 
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps. One that cannot be written is logged, and leaves nothing."""
         if self.folder is None:
             return
-        world, device = self.world, self.model.scalars.device
+        world, device = self.world, self.device
         partial = self.folder / f"step_{step:06d}.partial"
         tensors = dict(self.model.named_parameters()) if world.rank == 0 else {}
         tensors |= {label: x for label, x, *_ in self.optimizer_state()}
-        tensors["random state"] = torch.get_rng_state()
+        tensors |= random_state(device)
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # then no rank can write
@@ -1658,14 +1756,16 @@ class Checkpoints:
         try:
             if "00" * 32 in digests:
                 raise OSError(problem)
-            about = dict(step=step, training_seconds=self.clock.total, position=self.loader.position,
-                         settings=asdict(self.settings), hashes=self.hashes, log=self.log.path.name,
-                         files=digests)
+            position = self.loader.position
+            about = dict(step=step, training_seconds=self.clock.total, position=position,
+                         place=self.loader.place(position), settings=asdict(self.settings),
+                         hashes=self.hashes, log=self.log.path.name, files=digests)
             mark = write_synced(partial / "checkpoint.json", json.dumps(about, indent=1).encode())
             write_synced(partial / "complete", mark.encode())
-            remove(folder)  # one that was found damaged, or is written again
+            sync_folder(partial)
+            remove(folder)  # where it is written again
             partial.rename(folder)
-            os.fsync(self.handle)
+            sync_folder(self.folder)
             self.log.write(f"checkpoint: {folder}")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -1800,9 +1900,11 @@ def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -
     states = [state for o in optimizers for shard in o.shards for state in shard.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
     before, position, stages = [x.clone() for x in tensors], loader.position, window_steps(s)
+    random_states = random_state(loader.device)
     for i in range(max(s.warmup_steps, len(stages))):
         train_step(forward, optimizers, loader, stages[i % len(stages)], s)
         loader.seek(position)
+    set_random_state(random_states, loader.device)
     for x, kept in zip(tensors, before):
         x.copy_(kept)
     if not all(torch.equal(x, kept) for x, kept in zip(tensors, before)):
@@ -1849,7 +1951,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
                         raise UserError(f"step {step}: expected a finite validation loss, found {val_loss}:"
                                         " training has diverged; lower the learning rates.", everywhere=True)
                     last_step = last_step or val_loss <= s.target_loss
-                saving = saving or (stop_signal and s.checkpoint_every) or (last_step and s.checkpoint_last)
+                saving = saving or stop_signal or (last_step and s.checkpoint_last)
                 if saving and step > first_step:
                     checkpoints.save(step)
                 if last_step:
@@ -1863,7 +1965,8 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
             if loader.passes > passes:
                 passes = loader.passes
                 log.write(f"data: pass {passes} over the training shards begins in step {step + 1}")
-    log.write(f"data: {loader.use(step)}")
+    if not s.resume_changed:  # which can mean that what was taken before is not known
+        log.write(f"data: {loader.use(step)}")
     log.result(step, val_loss, clock)
     return 0
 
@@ -1930,29 +2033,29 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     shards, val_tokens, plan = check_data(s, batch)
 
-    log = Log(s, world.rank)
-    kernels, why_kernels = choose_kernels(device)
-    line = "=" * 100
-    log.write(source, line, *describe_environment(device), line, *describe_settings(s, overrides), line,
-              console=False)
-    log.write(why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
-              describe_model(s), describe_data(shards, plan, s))
+    with Log(s, world.rank) as log:
+        kernels, why_kernels = choose_kernels(device)
+        line = "=" * 100
+        log.write(source, line, *describe_environment(device), line, *describe_settings(s, overrides), line,
+                  console=False)
+        log.write(why_preset, f"device: {device.type}, {why_device}", *why_kernels, f"batch: {batch}",
+                  describe_model(s), describe_data(shards, plan, s))
 
-    model = GPT(s, kernels)
-    init_weights(model, s.seed)
-    model.to(device)
-    if world.size > 1:  # ranks on unlike machines might have drawn unlike numbers
-        for p in model.parameters():
-            dist.broadcast(p.data, 0)
-    optimizers = make_optimizers(model, s, world.rank, world.size)
-    loader, clock = TrainLoader(shards, s, batch, plan, world.rank, device), Clock(device)
-    hashes = dict(source=hashlib.sha256(source.encode()).hexdigest(), data=data_hash(shards, val_tokens))
-    checkpoints = Checkpoints(s, world, model, optimizers, loader, clock, log, hashes)
-    first_step = checkpoints.resume()
-    forward = compiled(model, s) if s.torch_compile else model
-    warm_up(model, forward, optimizers, loader, s)
-    code = train(model, forward, optimizers, loader, val_tokens, s, world, log, clock, checkpoints,
-                 first_step)
+        model = GPT(s, kernels)
+        init_weights(model, s.seed)
+        model.to(device)
+        if world.size > 1:  # ranks on unlike machines might have drawn unlike numbers
+            for p in model.parameters():
+                dist.broadcast(p.data, 0)
+        optimizers = make_optimizers(model, s, world.rank, world.size)
+        loader, clock = TrainLoader(shards, s, batch, plan, world.rank, device), Clock(device)
+        hashes = dict(source=hashlib.sha256(source.encode()).hexdigest(), data=data_hash(shards, val_tokens))
+        checkpoints = Checkpoints(s, world, model, optimizers, loader, clock, log, hashes)
+        first_step = checkpoints.resume()
+        forward = compiled(model, s) if s.torch_compile else model
+        warm_up(model, forward, optimizers, loader, s)
+        code = train(model, forward, optimizers, loader, val_tokens, s, world, log, clock, checkpoints,
+                     first_step)
     if world.size > 1:  # not after an error: a rank that failed must not wait for the others
         dist.destroy_process_group()
     return code
@@ -1970,7 +2073,7 @@ def data_hash(shards: list[TokenShard], val_tokens: np.ndarray) -> str:
 def tokenizer_of(s: Settings):
     """(text -> ids, id -> bytes) of a checkpoint's vocabulary. Raises UserError where it cannot be had."""
     if (s.vocab_size, s.bos_id) == (257, 256):
-        return lambda text: list(text.encode()), lambda token: bytes([token])
+        return lambda text: list(os.fsencode(text)), lambda token: bytes([token])
     if (s.vocab_size, s.bos_id) != (50_257, 50_256):
         raise UserError(f"--sample: expected a vocabulary of bytes (257 ids) or of GPT-2 (50,257), found "
                         f"{s.vocab_size} ids; no tokenizer for it is known here.")
@@ -1988,7 +2091,8 @@ def tokenizer_of(s: Settings):
 def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float) -> None:
     """Print the prompt and up to `length` tokens after it, drawn one by one from a checkpoint's model."""
     try:
-        s = Settings(**read_checkpoint(folder)["settings"])
+        about = read_checkpoint(folder)
+        s = replace(Settings(**about["settings"]), device="auto")
     except DamagedCheckpoint as problem:
         raise UserError(f"--sample: {problem}; name another.") from None
     except TypeError as error:
@@ -2002,7 +2106,7 @@ def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float
         p.copy_(saved[name])
     model.to(device)
     ids, text = [s.bos_id, *encode(prompt)], codecs.getincrementaldecoder("utf-8")("replace")
-    generator, windows = torch.Generator().manual_seed(seed), attention_windows(s.num_iterations, s)
+    generator, windows = torch.Generator().manual_seed(seed), attention_windows(about["step"], s)
     print(prompt, end="", flush=True)
     for _ in range(length):
         inputs = torch.tensor(ids[-len(model.cos):], dtype=torch.int32, device=device)

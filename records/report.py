@@ -129,7 +129,7 @@ def read_log(path) -> Run:
     if not rules and not any(map(STEP.fullmatch, lines)):
         raise bad("no log of a run: it has no step lines")
     for line in lines[start:]:
-        if line.startswith(("resumed: ", "stopped by ")):
+        if line.startswith(("resumed: ", "stopped by ", "ended by ")):
             raise bad(f"part of a run: {line}")
     peaks = [m for m in map(PEAK.fullmatch, lines[start:]) if m]
     if not peaks:

@@ -133,8 +133,7 @@ def signalled(number, step, on_rank, apart, rank):
     def act():
         os.kill(os.getpid(), number)
         if apart is not None:
-            real = time.monotonic
-            train_gpt.time.monotonic = lambda: real() + apart
+            time.sleep(apart)
             os.kill(os.getpid(), number)
 
     if rank == on_rank:
@@ -270,6 +269,11 @@ def paused(step, until, rank):
             time.sleep(0.01)
 
     at_step(step, wait)
+
+
+def paused_on(on_rank, step, until, rank):
+    if rank == on_rank:
+        paused(step, until, rank)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -446,6 +446,18 @@ def test_the_loader_says_what_its_steps_took_as_the_plan_foretold(tmp_path):
     assert passes == sorted(passes) and set(passes) == {1, 2, 3}
 
 
+def test_going_on_makes_room_for_what_comes_or_says_that_there_is_too_little(tmp_path):
+    """One document a microbatch in the first shard, and in the second one a token."""
+    corpus = Corpus(tmp_path, [[301] * 8, [1] * 8 * 301], 300, longest=301, num_iterations=1)
+    [loader] = corpus.loaders(1)
+    assert loader.cu_seqlens_length == 128
+    loader.resume(0, (1, 0))
+    assert loader.cu_seqlens_length == len(loader.next_batch().cu_seqlens) == 384
+    assert loader.place((0, 3)) == ["0.bin", 3 * 301] and loader.place((2, 0)) == ["0.bin", 0]
+    with pytest.raises(train_gpt.UserError, match="^RESUME: expected documents .* until step 0, .* step 0;"):
+        loader.resume(0, (1, 9))
+
+
 def test_a_shard_that_another_file_replaces_stays_what_it_was(corpus):
     expected = [all_of(batch) for batch in corpus.batches()]
     [loader] = corpus.loaders(1)

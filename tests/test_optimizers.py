@@ -219,7 +219,7 @@ def unequal(before, after):
 def test_warm_up_puts_everything_back_bit_for_bit_after_moving_it(small, start, monkeypatch):
     model, optimizers, loader = start()
     loader.next_batch()  # not at the very beginning, so that a mere reset would show
-    position, before = loader.position, snapshot(model, optimizers)
+    position, before, drawn = loader.position, snapshot(model, optimizers), torch.get_rng_state()
     moved, batches, windows = [], [], []
     real_step, real_batch = train_gpt.optimizer_step, loader.next_batch
 
@@ -229,6 +229,7 @@ def test_warm_up_puts_everything_back_bit_for_bit_after_moving_it(small, start, 
 
     def watched_forward(inputs, targets, cu_seqlens, window):
         windows.append(window)
+        torch.rand(())  # as dropout would
         return model(inputs, targets, cu_seqlens, window)
 
     def watched_batch():
@@ -243,7 +244,7 @@ def test_warm_up_puts_everything_back_bit_for_bit_after_moving_it(small, start, 
     assert position not in batches and len(set(batches)) > 1
     assert set(windows) == {(12, 4), (28, 12), (44, 20)}, "3, 7 and 11 times 4 tokens, and their halves"
     assert unequal(before, snapshot(model, optimizers)) == set()
-    assert loader.position == position
+    assert loader.position == position and torch.get_rng_state().equal(drawn)
     assert all(p.grad is None for p in model.parameters())
 
 

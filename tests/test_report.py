@@ -103,6 +103,7 @@ def test_the_logs_of_the_repository_are_read():
 GOOD = our_log()
 HURT = {
     "part of a run: stopped by SIGTERM": GOOD[: GOOD.index("step:3/4 ")] + "stopped by SIGTERM after step 2",
+    "part of a run: ended by UserError: x": GOOD[: GOOD.index("step:3/4 ")] + "ended by UserError: x",
     "part of a run: resumed: x, step 2": GOOD.replace("step:0/4 val", "resumed: x, step 2\nstep:0/4 val"),
     "cut: it ends at step 3": GOOD[: GOOD.index("step:4/4 train")],
     "cut: it ends at step 2": GOOD[: GOOD.index("step:3/4 train") + 12],

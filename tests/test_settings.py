@@ -301,6 +301,7 @@ def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, ru
         (["--nproc"], dict(DATA_PATH="/no/such"), "DATA_PATH: expected a folder, found none at /no/such;"),
         ([], dict(RANK="0"), "RANK=0"),
         ([], dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1"), "found RANK=2"),
+        ([], dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2"), "MASTER_ADDR, MASTER_"),
     ],
 )
 def test_an_impossible_launch_is_one_sentence(arguments, changes, expected, tmp_path, run_main, monkeypatch):

@@ -16,7 +16,7 @@ import faults
 import numpy as np
 import pytest
 from conftest import ROOT, launch, overrides, random_documents, write_shard
-from faults import Started, checkpoints, content, ended_as, flip, losses, refused, resumed, same
+from faults import Started, checkpoints, content, ended_as, flip, losses, refused, resumed, same, up_to
 
 import train_gpt
 from train_gpt import UserError
@@ -95,7 +95,29 @@ def test_too_little_room_is_found_before_the_first_step(s, tmp_path):
     (code,), text = started.wait(), started.text()
     said = text.splitlines()[-1]
     assert refused(code, said + "\n") and "LOG_DIR: expected 2 MB of free disk space" in said, text
-    assert "CHECKPOINT_KEEP + 1 = 3" in said and "found 1 MB" in said and "step:0" not in text
+    assert "for 3 more checkpoints (CHECKPOINT_KEEP=2" in said and "found 1 MB" in said
+    assert "step:0" not in text
+
+
+@pytest.mark.slow
+def test_room_is_asked_only_for_what_is_still_to_be_written(s, whole, tmp_path):
+    """One megabyte holds one checkpoint, and not three."""
+    started = Started(replace(s, checkpoint_every=0, checkpoint_last=True), tmp_path, one_megabyte)
+    assert started.wait() == [0] and names(s.log_dir) == ["step_000006"], started.text()
+    up_to(4, whole(), s.log_dir)
+    os.utime(Path(s.log_dir) / "before.checkpoints" / "step_000004")
+    code, text = resumed(s, tmp_path, one_megabyte)
+    assert code == 0 and "before.checkpoints/step_000004, step 4" in text, text
+
+
+one_megabyte = partial(faults.little_room, 1)
+
+
+def test_a_log_that_cannot_grow_is_said_once_and_does_not_stop_the_run(s, whole, tmp_path):
+    """It fills up after its head, for two steps."""
+    started = Started(replace(s, checkpoint_every=0), tmp_path, partial(faults.quota, 50_000, 3, 5))
+    assert started.wait() == [0] and losses(s.log_dir) == losses(whole()), started.text()
+    assert started.text().count("expected to write the log, found: [Errno 27]") == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -253,6 +275,20 @@ def test_a_sample_begins_with_its_prompt_and_is_that_of_its_seed(bytes_model, ru
     cold = sampled("--temperature", "0")
     assert cold == sampled("--temperature", "0", "--sample-seed", "1") != first
     assert sampled("--length", "0") == "Größe: \n"
+
+
+def test_a_checkpoint_of_a_gpu_is_sampled_where_there_is_none(bytes_model, tmp_path, run_main):
+    gpu = with_settings(bytes_model, tmp_path / "gpu", device="cuda")
+    arguments = ("--prompt", os.fsdecode(b"\xff"), "--length", "5")
+    code, shown, said = run_main("--sample", str(gpu), *arguments)
+    assert (code, said) == (0, "") and shown == run_main("--sample", str(bytes_model), *arguments)[1]
+
+
+def test_a_sample_has_the_windows_of_the_checkpoints_step(bytes_model, tmp_path, run_main, monkeypatch):
+    real, steps = train_gpt.attention_windows, []
+    monkeypatch.setattr(train_gpt, "attention_windows", lambda step, s: steps.append(step) or real(step, s))
+    early = with_settings(bytes_model, tmp_path / "early", num_iterations=9)
+    assert run_main("--sample", str(early), "--length", "2")[0] == 0 and steps == [2]
 
 
 def test_what_cannot_be_sampled_is_one_sentence(bytes_model, tmp_path, run_main, monkeypatch):

@@ -3,6 +3,7 @@
 Most runs here are forked (faults.py). Those behind the marker `faults` take minutes together.
 """
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from pathlib import Path
 import faults
 import numpy as np
 import pytest
-from conftest import ROOT, launch, overrides, random_documents, write_shard
+from conftest import CPU, ROOT, launch, overrides, random_documents, write_shard
 from faults import Started, checkpoints, content, ended_as, flip, losses, refused, resumed, same
 from faults import together, up_to
 
@@ -183,10 +184,10 @@ def choose(s, whole):
     up_to(4, whole(), s.log_dir)
     hashes = json.loads((checkpoints(s.log_dir)[0] / "checkpoint.json").read_text())["hashes"]
 
-    def choose(resume="auto"):
-        log, world = Lines(), World(0, 1, 0, 1)
-        settings = replace(s, resume=resume)
-        chosen = train_gpt.Checkpoints(settings, world, None, [], None, None, log, hashes).choose()
+    def choose(resume="auto", **changes):
+        log, world, clock = Lines(), World(0, 1, 0, 1), train_gpt.Clock(CPU)
+        settings = replace(s, resume=resume, **changes)
+        chosen = train_gpt.Checkpoints(settings, world, None, [], None, clock, log, hashes).choose()
         return chosen and chosen.name, log
 
     return choose
@@ -207,14 +208,11 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(s, choose, 
     intact = path.read_bytes()
     assert choose() == ("step_000004", [])
     for _ in range(times):
-        os.utime(path.parent / "complete")
-        newest = checkpoints(s.log_dir)[0]
         damage(path, rng)
-        (chosen, (line,)), mark = choose(), path.parent / "complete"
-        assert (newest.name, chosen) == ("step_000004", "step_000003")
+        chosen, (line,) = choose()
+        assert chosen == "step_000003"
         assert line.startswith("checkpoint: damaged") and "step_000004" in line
         path.write_bytes(intact)
-        os.utime(mark, ns=(mark.stat().st_atime_ns, time.time_ns()))
 
 
 def test_where_all_checkpoints_are_damaged_it_is_one_sentence(s, whole, tmp_path):
@@ -236,6 +234,45 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_writes_it_again(s, w
 
 
 @pytest.mark.slow
+def test_damaged_checkpoints_do_not_count_among_the_newest_and_are_not_removed(s, whole, tmp_path):
+    up_to(4, whole(), s.log_dir)
+    for folder in checkpoints(s.log_dir)[:2]:
+        flip(folder / "rank_0.bin", random.Random(0))
+    cut(tmp_path / "logs" / "before.checkpoints" / "step_000002" / "complete", random.Random(0))
+    started = Started(replace(s, resume="auto", num_iterations=6), tmp_path, partial(faults.killed_at, 20))
+    started.wait()
+    left = [folder.name for folder in checkpoints(s.log_dir)]
+    assert left[-1] == "step_000001" and len(left) <= 2, left
+    (run,) = Path(s.log_dir).glob("*.checkpoints")
+    assert len(list(run.glob("*.damaged"))) == 3
+
+
+def test_the_newest_checkpoint_is_found_whatever_a_copy_did_to_times(s, choose):
+    for age, folder in enumerate(reversed(checkpoints(s.log_dir))):
+        os.utime(folder, (age, age))
+    times = [folder.stat().st_mtime for folder in checkpoints(s.log_dir)]
+    assert times == sorted(times, reverse=True)
+    for age, folder in enumerate(checkpoints(s.log_dir)):
+        os.utime(folder, (age, age))
+    assert choose()[0] == "step_000004"
+
+
+@pytest.mark.slow
+def test_what_a_user_names_is_gone_on_from_and_left_as_it_is(s, whole, tmp_path):
+    kept = up_to(4, whole(), s.log_dir)
+    (kept.parent / "step_by_step.txt").write_text("mine")
+    before = sorted(path.relative_to(kept.parent) for path in kept.parent.rglob("*"))
+    for changes in (dict(resume=str(kept)), dict(resume=str(kept.parent)), dict(resume_changed=True)):
+        others = replace(s, **{"resume": "auto", "log_dir": s.log_dir, **changes})
+        started = Started(others, tmp_path)
+        assert started.wait() == [0] and "step 4, after" in started.text(), started.text()
+        assert sorted(path.relative_to(kept.parent) for path in kept.parent.rglob("*")) == before
+        (own,) = set(Path(s.log_dir).glob("*.checkpoints")) - {kept.parent}
+        assert len(list(own.glob("step_*"))) == 2
+        shutil.rmtree(own)
+
+
+@pytest.mark.slow
 def test_changes_are_refused_with_the_difference_unless_told_otherwise(s, shared, whole, tmp_path):
     up_to(2, whole(), s.log_dir)
     source = tmp_path / "train_gpt.py"
@@ -254,6 +291,32 @@ def test_changes_are_refused_with_the_difference_unless_told_otherwise(s, shared
     assert code == 0 and "step 2, after" in text and "with changes" in text
 
 
+def walked(s, position, microbatches):
+    walk = train_gpt.DocumentWalk(train_gpt.open_shards(s, "train_files"), s.max_piece_tokens)
+    walk.position = position
+    for _ in range(microbatches):
+        walk.next_microbatch(s.batch_tokens // s.microbatches)
+    return walk.position
+
+
+@pytest.mark.slow
+def test_with_changes_it_goes_on_in_the_same_data_and_begins_other_data(s, whole, tmp_path):
+    kept = up_to(4, whole(), s.log_dir)
+    before = tuple(json.loads((kept / "checkpoint.json").read_text())["position"])
+    write_shard(tmp_path / "train_0.bin", np.concatenate(random_documents(3, 2000, longest=9)))
+    shorter, other = replace(s, max_piece_tokens=7), replace(s, train_files=str(tmp_path / "train_*.bin"))
+    for settings, position in ((shorter, before), (other, (0, 0))):
+        started = Started(replace(settings, resume=str(kept), resume_changed=True), tmp_path)
+        assert started.wait() == [0] and "step 4, after" in started.text(), started.text()
+        about = json.loads((checkpoints(s.log_dir)[0] / "checkpoint.json").read_text())
+        assert about["step"] == 6 and tuple(about["position"]) == walked(settings, position, 4) > before
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(choose):
+    with pytest.raises(UserError, match="^RESUME: expected .* at most NUM_ITERATIONS=3 steps, found .*0004;"):
+        choose(num_iterations=3, resume_changed=True)
+
+
 def test_resume_names_a_checkpoint_or_a_folder_of_them_or_is_refused(s, choose, tmp_path):
     (run,) = Path(s.log_dir).glob("*.checkpoints")
     assert choose(str(run))[0] == "step_000004" and choose(str(run / "step_000002"))[0] == "step_000002"
@@ -265,11 +328,22 @@ def test_resume_names_a_checkpoint_or_a_folder_of_them_or_is_refused(s, choose, 
 
 def test_a_run_that_is_alive_is_not_gone_on_from(s, choose):
     (run,) = Path(s.log_dir).glob("*.checkpoints")
-    handle = train_gpt.lock(run)
+    handle = train_gpt.lock(run, create=True)
     chosen, (line,) = choose()
     assert chosen is None and line.endswith("starting anew")
     os.close(handle)
     assert choose() == ("step_000004", [])
+
+
+def test_where_a_file_system_has_no_locks_nothing_is_taken_for_alive(s, choose, monkeypatch):
+    def flock(handle, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (run,) = Path(s.log_dir).glob("*.checkpoints")
+    os.close(train_gpt.lock(run, create=True))
+    monkeypatch.setattr(train_gpt.fcntl, "flock", flock)
+    assert choose() == ("step_000004", [])
+    os.close(train_gpt.lock(run))
 
 
 @pytest.mark.slow
@@ -311,6 +385,28 @@ def test_a_second_signal_ends_the_run_at_once(s, tmp_path):
     assert started.wait() == [128 + signal.SIGTERM]
     assert "step:1/6" in last_line(s.log_dir) or last_line(s.log_dir).startswith("checkpoint: ")
     assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000001"]
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_rank_that_waits_for_another(s, tmp_path):
+    started = Started(s, tmp_path, partial(faults.paused_on, 1, 2, tmp_path / "never"), ranks=2)
+    while "checkpoint: " not in started.text():
+        time.sleep(0.05)
+    first = started.processes[0]
+    for _ in range(2):
+        time.sleep(1.2)
+        assert first.exitcode is None
+        os.kill(first.pid, signal.SIGTERM)
+    first.join(5)
+    assert first.exitcode == 128 + signal.SIGTERM, started.text()
+    started.kill()
+
+
+def test_a_run_that_was_to_write_one_checkpoint_at_its_end_writes_it_when_stopped(s, tmp_path):
+    s = replace(s, checkpoint_every=0, checkpoint_last=True)
+    started = Started(s, tmp_path, partial(faults.signalled, signal.SIGTERM, 2, 0, None))
+    assert started.wait() == [128 + signal.SIGTERM], started.text()
+    assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000003"]
 
 
 def test_a_run_without_checkpoints_stops_too(s, tmp_path):
@@ -378,5 +474,6 @@ def test_nan_on_one_rank_stops_all_before_the_optimizers_and_is_named(s, tmp_pat
     text = started.text()
     assert f"step 3: expected finite numbers, found others in {where} on rank 1" in text
     assert text.count("expected finite") == 1 and "rank 0" not in text and "Traceback" not in text
+    assert last_line(s.log_dir).startswith("ended by UserError: step 3: expected finite numbers")
     assert text.count("parameters unchanged") == 2
     assert [x.name for x in checkpoints(s.log_dir)] == ["step_000002", "step_000001"]
