@@ -1189,7 +1189,7 @@ def window_steps(s: Settings) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Run: processes and device, clock, log, warm-up, validation, training, main
+# Run: processes and device, clock, log, signals
 
 
 class World(NamedTuple):
@@ -1419,6 +1419,9 @@ class StopSignal:
         os.close(self.write_end)
 
 
+# ----------------------------------------------------------------------------------------------------
+# Checkpoints: written and read by all ranks, on any number of them
+#
 # A checkpoint is a folder step_NNNNNN in the folder of its run, LOG_DIR/RUN.checkpoints:
 #   rank_K.bin       of rank K: the length of a JSON index in 8 bytes, the index, and the tensors' bytes: the
 #                    parameters (rank 0), this rank's rows of the optimizers' state, its random state;
@@ -1776,6 +1779,10 @@ class Checkpoints:
             remove(old)
 
 
+# ----------------------------------------------------------------------------------------------------
+# Training: what the log begins with, the step, warm-up, validation, the race
+
+
 def output_of(*command: str) -> str | None:
     """What a program prints, or None where it is missing or fails."""
     try:
@@ -1969,6 +1976,10 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
         log.write(f"data: {loader.use(step)}")
     log.result(step, val_loss, clock)
     return 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Launch: from settings to the end of the race; text from a checkpoint; the command line
 
 
 def ensure_demo_data(s: Settings) -> None:
