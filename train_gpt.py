@@ -12,9 +12,9 @@ the source texts of Python's standard library. Launch it with
     torchrun --standalone --nproc_per_node=8 train_gpt.py                 # the race: 8 H100, one node
 
 Facts of the race: 1705 steps of 393,216 tokens; the mean cross-entropy over the first 10,485,760 tokens
-of the validation shard must come to 3.28 or less; compilation and validation are not timed. Measured so far
-is the demo: 60.9 s of training, +- 3.7 s over ten runs, to a mean loss of 1.669 on 2 cores of an AMD EPYC with
-PyTorch 2.13 (records/2026-11-24_Baseline). No GPU has run it yet.
+of the validation shard must come to 3.28 or less; compilation and validation are not timed. Measured so
+far is the demo: 60.9 s of training, +- 3.7 s over ten runs, to a mean loss of 1.669, on 2 cores of an AMD
+EPYC with PyTorch 2.13 (records/2026-11-24_Baseline). No GPU has run this yet.
 
 Letters for tensor layouts, the same everywhere: T tokens of a packed sequence, D model width,
 H heads, K channels of a head, V vocabulary (padded), W window, N bands of B tokens (plain attention),
@@ -26,6 +26,7 @@ import codecs
 import contextlib
 import difflib
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -46,6 +47,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -54,6 +56,12 @@ import torch.distributed as dist
 import torch.distributed.nn  # whose default arguments would keep a group alive that was there before it
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs comes without it; its kernels are then defined, but cannot run
+    triton, tl = None, SimpleNamespace(constexpr=int)
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,6 +96,7 @@ class Settings:
     nproc: int = setting(0, "processes", "for run.sh to start; 0: all that GPUs and batch allow, or 1 CPU", 0)
     dtype: str = setting("bfloat16", "", "of activations, embedding tables, head and Newton-Schulz",
                          choices=("bfloat16", "float32"))
+    fp8_head: bool = setting(True, "0/1", "train the head in float8 where the GPU can and DTYPE is bfloat16")
     torch_compile: bool = setting(True, "0/1", "compile the model with torch.compile (needs a C++ compiler)")
     seed: int = setting(0, "", "seed of the initial weights", 0, 2**63 - 1)
     data_path: str = setting("", "folder", "where the two patterns below start; empty: beside train_gpt.py")
@@ -114,6 +123,8 @@ class Settings:
     # a training step's batch
     batch_tokens: int = setting(393_216, "tokens", "of a step, over all ranks", 1)
     microbatches: int = setting(8, "", "packed sequences of a step, over all ranks", 1)
+    microbatch_parts: int = setting(1, "", "forward passes that share a microbatch, cut between its pieces; "
+                                    "more need less GPU memory, for the same result", 1)
     max_piece_tokens: int = setting(2048, "tokens", "most of one document in a microbatch, from its BOS", 1)
     epochs: int = setting(1, "passes", "most passes over the training shards", 1)
 
@@ -389,34 +400,121 @@ def largest_world_size(s: Settings, num_gpus: int) -> int:
 # ----------------------------------------------------------------------------------------------------
 # Kernels: the step's hot spots, each behind one choice that is made once and says why
 #
-# A kernel is a plain function. To add a faster one, write it, and have choose_kernels return it where the
-# device can run it. The versions here are plain PyTorch: right on every device, fast on none.
+# Each has a plain version in PyTorch, right on every device, and on GPUs a fast one. A fast one is taken
+# where, on the very device of the run, it agrees with the plain one on a small case; the log says which was
+# taken, and why not those before it. To add one, write it, and name it in fast_kernels.
+
+
+jit = triton.jit if triton else lambda function: function  # kernels that are not launched need no Triton
 
 
 class Kernels(NamedTuple):
-    """The implementations that a run uses (signatures: those of the functions below)."""
+    """The implementations that a run uses (signatures: those of the plain versions)."""
 
-    attention_plan: Callable[..., Tensor]  # what attention has to know of the packing, made once a window
+    attention_plan: Callable  # what attention has to know of the packing, made once a window
     attention: Callable[..., Tensor]
     head_loss: Callable[..., Tensor]
     orthogonalize: Callable[..., Tensor]
 
 
-def choose_kernels(device: torch.device) -> tuple[Kernels, list[str]]:
+def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and for each a line that names the choice and its reason."""
     kernels = Kernels(banded_plan, banded_attention, softcapped_head_loss, newton_schulz)
-    why = f"on {device.type} as anywhere: the only one so far"
-    return kernels, [f"attention: scaled_dot_product_attention in bands ({why})",
-                     f"head: product in the activations' dtype, loss in float32 ({why})",
-                     f"newton_schulz: torch.matmul ({why})"]
+    why = f"in plain PyTorch, since this is a {device.type}"
+    choices = dict(attention=("bands of scaled_dot_product_attention", why),
+                   head=("product in the activations' dtype, loss in float32", why),
+                   newton_schulz=("torch.matmul", why))
+    if device.type == "cuda":
+        found = {}
+        for kind, candidates in fast_kernels(device, s).items():
+            chosen, *choices[kind] = first_that_agrees(candidates, choices[kind][0])
+            found |= chosen
+        kernels = kernels._replace(**found)
+    return kernels, [f"{kind}: {name} ({why})" for kind, (name, why) in choices.items()]
+
+
+def first_that_agrees(candidates, plain: str) -> tuple[dict[str, Callable], str, str]:
+    """The kernels, the name and the reason of the first candidate that does what the plain ones do.
+
+    Candidates are (name, make, error, tolerance). make() returns kernels by their names in Kernels, and
+    error(kernels) their distance from the plain ones. Either may raise: the GPU is too old, say, or a package
+    is missing. Where none is left, the plain ones stay, and the reason names what was wrong with each.
+    """
+    against = []
+    for name, make, error, tolerance in candidates:
+        try:
+            kernels = make()
+            found = error(kernels)
+        except Exception as problem:  # whatever it is, it stands in the log
+            against.append(f"{name}: {type(problem).__name__}, {(str(problem).splitlines() or [''])[0]}")
+            continue
+        if found <= tolerance:  # NaN never is
+            return kernels, name, "; ".join([f"{found:.1e} from plain PyTorch on a small case", *against])
+        against.append(f"{name}: {found:.1e} from plain PyTorch on a small case, more than {tolerance:g}")
+    return {}, plain, "; ".join(["in plain PyTorch", *against])
+
+
+def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
+    """For each kind of kernel its candidates on a GPU, the best first, as first_that_agrees takes them."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, dtype=s.torch_dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def attention_error(kernels) -> float:
+        starts = torch.tensor([0, 7, 300, 301, 900, 1000, 1000], dtype=torch.int32, device=device)
+        qkv = 2 * normal(3, 1000, s.num_heads, s.head_dim)
+
+        def attend(plan, attention, window):
+            made = plan(starts, 1000, window, s.torch_dtype, 600)
+            return lambda qkv: attention(*qkv.unbind(), made, s.attn_scale)
+
+        return max(distance(attend(kernels["attention_plan"], kernels["attention"], window),
+                            attend(banded_plan, banded_attention, window), qkv) for window in (8, 384))
+
+    def head_error(kernels) -> float:
+        x = norm(normal(1000, s.model_dim))
+        weight = 0.05 * normal(s.padded_vocab, s.model_dim, dtype=torch.float32)
+        targets = torch.randint(s.vocab_size, (1000,), generator=generator, device=device)
+        return distance(lambda x, w: kernels["head_loss"](x, w, targets),
+                        lambda x, w: softcapped_head_loss(x, w, targets), x, weight)
+
+    def newton_schulz_error(kernels) -> float:
+        matrices = [normal(3, *shape, dtype=torch.float32)
+                    for shape in ((s.model_dim, s.model_dim), (s.model_dim, s.mlp_dim))]
+        return max(distance(lambda x: kernels["orthogonalize"](x, s.torch_dtype),
+                            lambda x: newton_schulz(x, s.torch_dtype), x, gradients=False)
+                   for x in matrices)
+
+    attention = [("FlashAttention 3", lambda: varlen_kernels("FA3"), attention_error, 0.03),
+                 ("FlashAttention 4", lambda: varlen_kernels("FA4"), attention_error, 0.03),
+                 ("FlashAttention of PyTorch", varlen_kernels, attention_error, 0.03)]
+    head = [("products in float8, loss fused", lambda: fused_head(s, fp8=True), head_error, 0.15),
+            ("products in the activations' dtype, loss fused", lambda: fused_head(s, fp8=False), head_error,
+             0.03)]
+    float8 = s.fp8_head and s.dtype == "bfloat16"
+    newton = [("half of each symmetric product", half_newton_schulz, newton_schulz_error, 0.1)]
+    return dict(attention=attention, head=head if float8 else head[1:], newton_schulz=newton)
+
+
+def distance(fast: Callable, plain: Callable, *inputs: Tensor, gradients: bool = True) -> float:
+    """The greatest ||x - y|| / ||y|| over results and gradients of two functions; infinite instead of NaN."""
+    results = []
+    for function in (fast, plain):
+        leaves = [x.detach().requires_grad_(gradients) for x in inputs]
+        y = function(*leaves)
+        grads = torch.autograd.grad(y.float().square().sum(), leaves) if gradients else ()
+        results.append([x.detach().double() for x in (y, *grads)])
+    distances = torch.stack([(x - y).norm() / y.norm() for x, y in zip(*results)])
+    return distances.nan_to_num(math.inf, math.inf).max().item()
 
 
 def softcapped_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), as a float32 scalar.
 
     x: (T, D), in the activations' dtype; weight: (V, D), the float32 master, cast to it here; targets: (T,)
-    int64 below V. Without gradients, in validation, the tokens are taken in chunks, since the logits of a
-    whole slice would not fit in memory.
+    int64 below V, or NO_TARGET where a token does not count. Without gradients, in validation, the tokens
+    are taken in chunks, since the logits of a whole slice would not fit in memory.
     """
     weight = weight.type_as(x)
     chunk = len(x) if torch.is_grad_enabled() else 8192
@@ -427,11 +525,191 @@ def softcapped_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+# The fused head takes the tokens in chunks, and computes a chunk's gradients in the forward pass, as soon as
+# its logits are there. Logits are the largest tensor of a step: this way neither all of them nor a float32
+# copy are ever in memory. The backward pass only multiplies by the gradient of the loss. Softcapped logits
+# lie between 0 and 30, so that their exponentials can be summed as they are.
+
+HEAD_CHUNK = 8192  # tokens
+
+
+@jit
+def softcap_loss_kernel(logits, targets, losses, sums, num_columns, BLOCK: tl.constexpr):
+    """A row a program: the sum of exp(30 sigmoid(logits / 7.5)), and the loss; 0 for targets below 0."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * num_columns
+    target = tl.load(targets + row)
+    total, hit = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, num_columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        capped = 30 * tl.sigmoid(tl.load(logits + column, mask=inside, other=0.0).to(tl.float32) / 7.5)
+        total += tl.where(inside, tl.exp(capped), 0.0)
+        hit += tl.where(column == target, capped, 0.0)
+    row_sum = tl.sum(total, 0)
+    tl.store(sums + row, row_sum)
+    tl.store(losses + row, tl.where(target >= 0, tl.log(row_sum) - tl.sum(hit, 0), 0.0))
+
+
+@jit
+def softcap_gradient_kernel(logits, targets, sums, grads, grads_t, num_rows, num_columns, scale,
+                            ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """A tile a program: `scale` times the loss's gradient by the logits; also transposed, into grads_t.
+
+    grads may be logits: each place is read before it is written, by the same thread.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
+    target = tl.load(targets + row, mask=row < num_rows, other=-1)
+    row_sum = tl.load(sums + row, mask=row < num_rows, other=1.0)
+    s = tl.sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32) / 7.5)
+    grad = tl.exp(30 * s) / row_sum[:, None] - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+    grad *= 4 * s * (1 - s) * tl.where(target >= 0, scale, 0.0)[:, None]
+    grad = grad.to(grads.dtype.element_ty)
+    tl.store(grads + place, grad, mask=inside)
+    if TRANSPOSED:
+        place = column.to(tl.int64)[:, None] * num_rows + row[None, :]
+        inside = (column < num_columns)[:, None] & (row < num_rows)[None, :]
+        tl.store(grads_t + place, tl.trans(grad), mask=inside)
+
+
+def softcap_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and sums of exponentials, (T,) float32 each. logits: (T, V), contiguous; targets: (T,) int64."""
+    losses, sums = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    block = min(4096, triton.next_power_of_2(logits.size(1)))
+    softcap_loss_kernel[(len(logits),)](logits, targets, losses, sums, logits.size(1), BLOCK=block,
+                                        num_warps=8)
+    return losses, sums
+
+
+def softcap_gradient(logits: Tensor, targets: Tensor, sums: Tensor, grads: Tensor,
+                     grads_t: Tensor | None = None, scale: float = 1.0) -> None:
+    """Fill grads (T, V), which may be logits, and grads_t (V, T) with `scale` times the loss's gradient."""
+    num_rows, num_columns = logits.shape
+    grid = ceil_div(num_rows, 64), ceil_div(num_columns, 64)
+    transposed = grads_t is not None
+    softcap_gradient_kernel[grid](logits, targets, sums, grads, grads_t if transposed else grads, num_rows,
+                                  num_columns, scale, ROWS=64, COLUMNS=64, TRANSPOSED=transposed)
+
+
+@torch.library.custom_op("train_gpt::head_loss", mutates_args=())
+def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What softcapped_head_loss gives without gradients."""
+    weight = weight.type_as(x)
+    losses = [softcap_loss(F.linear(part, weight), part_targets)[0]
+              for part, part_targets in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+    return torch.cat(losses).sum()
+
+
+@torch.library.custom_op("train_gpt::head_loss_and_gradients", mutates_args=())
+def head_gradients_op(x: Tensor, weight: Tensor, targets: Tensor, fp8: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What softcapped_head_loss gives, and its gradients by x, in x's dtype, and by weight, in float32."""
+    losses, x_grad, weight_grad = [], torch.empty_like(x), torch.zeros_like(weight)
+    products = Float8Products(x, weight) if fp8 else PlainProducts(x, weight)
+    parts = zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), x_grad.split(HEAD_CHUNK))
+    for part, part_targets, part_grad in parts:
+        losses.append(products.loss_and_gradients(part, part_targets, part_grad, weight_grad))
+    return torch.cat(losses).sum(), x_grad, weight_grad
+
+
+@head_loss_op.register_fake
+def _(x, weight, targets):
+    return x.new_empty((), dtype=torch.float32)
+
+
+@head_gradients_op.register_fake
+def _(x, weight, targets, fp8):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight)
+
+
+def keep_head_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of the last two outputs, which nothing else uses
+
+
+def scale_head_gradients(ctx, grad, *none):
+    return *(x * grad for x in ctx.saved_tensors), None, None
+
+
+head_gradients_op.register_autograd(scale_head_gradients, setup_context=keep_head_gradients)
+
+
+class PlainProducts:
+    """The head's three products in the activations' dtype."""
+
+    def __init__(self, x: Tensor, weight: Tensor):
+        self.weight = weight.type_as(x)
+
+    def loss_and_gradients(self, x: Tensor, targets: Tensor, x_grad: Tensor, weight_grad: Tensor) -> Tensor:
+        """Losses of a chunk; fills x_grad and adds to weight_grad."""
+        logits = F.linear(x, self.weight)
+        losses, sums = softcap_loss(logits, targets)
+        softcap_gradient(logits, targets, sums, grads=logits)
+        torch.mm(logits, self.weight, out=x_grad)
+        weight_grad += logits.mT @ x
+        return losses
+
+
+class Float8Products:
+    """The same products in float8: input and weight as e4m3, the gradient of the logits as e5m2.
+
+    Each factor is divided by a fixed scale first. The logits and the gradient by the input are bfloat16, the
+    gradient by the weight float32; fast accumulation for the logits only.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor):
+        self.scales = dict(x=x.size(1) ** 0.5 / 448, weight=2.0**-9, grad=1 / 448)
+        self.factors = {name: torch.full((), scale, device=x.device) for name, scale in self.scales.items()}
+        self.weight = self.cast(weight, "weight")
+        self.weight_t = self.weight.mT.contiguous()
+
+    def cast(self, x: Tensor, name: str) -> Tensor:
+        """e4m3, whose largest number is 448, and which knows no infinity."""
+        return (x / self.scales[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+    def product(self, a: Tensor, b: Tensor, a_name: str, b_name: str, dtype: torch.dtype, fast=False):
+        """a @ b.mT; both have their summed axis last, and contiguous, as the hardware wants it."""
+        return torch._scaled_mm(a, b.mT, scale_a=self.factors[a_name], scale_b=self.factors[b_name],
+                                out_dtype=dtype, use_fast_accum=fast)
+
+    def loss_and_gradients(self, x: Tensor, targets: Tensor, x_grad: Tensor, weight_grad: Tensor) -> Tensor:
+        """Losses of a chunk; fills x_grad and adds to weight_grad."""
+        num_tokens, missing = len(x), -len(x) % 16  # the hardware takes multiples of 16
+        x8 = self.cast(F.pad(x, (0, 0, 0, missing)), "x")
+        targets = F.pad(targets, (0, missing), value=-1)
+        logits = self.product(x8, self.weight, "x", "weight", torch.bfloat16, fast=True)
+        losses, sums = softcap_loss(logits, targets)
+        grads = torch.empty_like(logits, dtype=torch.float8_e5m2)
+        grads_t = torch.empty_like(logits.mT, dtype=torch.float8_e5m2, memory_format=torch.contiguous_format)
+        softcap_gradient(logits, targets, sums, grads, grads_t, scale=1 / self.scales["grad"])
+        x_grad.copy_(self.product(grads, self.weight_t, "grad", "weight", torch.bfloat16)[:num_tokens])
+        weight_grad += self.product(grads_t, x8.mT.contiguous(), "grad", "x", torch.float32)
+        return losses[:num_tokens]
+
+
+def fused_head(s: Settings, fp8: bool) -> dict[str, Callable]:
+    """The head's kernel. Raises ValueError where float8 cannot take the model's sizes."""
+    if fp8 and (s.model_dim % 16 or s.padded_vocab % 16):
+        raise ValueError(f"float8 needs multiples of 16, not {s.model_dim} channels and {s.padded_vocab} ids")
+    if triton is None:
+        raise ImportError("no Triton")
+
+    def fused_head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return head_gradients_op(x, weight, targets, fp8)[0]
+        return head_loss_op(x, weight, targets)
+
+    return dict(head_loss=fused_head_loss)
+
+
+def newton_schulz(matrices: Tensor, dtype: torch.dtype, symmetric: Callable | None = None) -> Tensor:
     """Nearly orthogonal matrices with the row and column spaces of the given ones, in `dtype`.
 
     matrices: (..., rows, cols). Five steps of the quintic iteration of Muon (Keller Jordan et al., 2024,
     kellerjordan.github.io/posts/muon) take the singular values to about 1 +- 0.3; zero stays zero.
+    symmetric: what to compute the symmetric products with, such as symmetric_product.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
     x = matrices.to(dtype)
@@ -440,10 +718,60 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.mT
-        poly = b * gram + c * (gram @ gram)
+        gram = symmetric(x) if symmetric else x @ x.mT
+        poly = symmetric(gram, c, gram, b) if symmetric else b * gram + c * (gram @ gram)
         x = a * x + poly @ x
     return x.mT if tall else x
+
+
+@jit
+def symmetric_kernel(x, base, out, rows, cols, alpha, beta, BLOCK: tl.constexpr, COLS: tl.constexpr,
+                     ADD: tl.constexpr):
+    """A tile of symmetric_product at or below the diagonal, and its mirror image, a program each."""
+    i, j, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if i >= j:
+        x += matrix * rows * cols
+        out += matrix * rows * rows
+        row_i, row_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+        product = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for first in range(0, cols, COLS):
+            col = first + tl.arange(0, COLS)
+            x_i = tl.load(x + row_i[:, None] * cols + col[None, :], other=0.0,
+                          mask=(row_i < rows)[:, None] & (col < cols)[None, :])
+            x_j = tl.load(x + row_j[None, :] * cols + col[:, None], other=0.0,
+                          mask=(row_j < rows)[None, :] & (col < cols)[:, None])
+            product = tl.dot(x_i, x_j, product, input_precision="ieee")
+        product *= alpha
+        place = row_i[:, None] * rows + row_j[None, :]
+        inside = (row_i < rows)[:, None] & (row_j < rows)[None, :]
+        if ADD:
+            base += matrix * rows * rows
+            product += beta * tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+        result = product.to(out.dtype.element_ty)
+        tl.store(out + place, result, mask=inside)
+        if i > j:
+            mirror = row_j[:, None] * rows + row_i[None, :]
+            tl.store(out + mirror, tl.trans(result), mask=(row_j < rows)[:, None] & (row_i < rows)[None, :])
+
+
+def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None, beta: float = 0.0) -> Tensor:
+    """alpha * x @ x.mT + beta * base, of which half the tiles are computed and the others mirrored.
+
+    x: (..., rows, cols); base: (..., rows, rows), symmetric; the result: (..., rows, rows), in x's dtype.
+    """
+    *stack, rows, cols = x.shape
+    x, out = x.contiguous(), x.new_empty(*stack, rows, rows)
+    base = out if base is None else base.contiguous()
+    tiles = ceil_div(rows, 128)
+    symmetric_kernel[(tiles, tiles, math.prod(stack))](
+        x, base, out, rows, cols, alpha, beta, BLOCK=128, COLS=64, ADD=base is not out, num_warps=8)
+    return out
+
+
+def half_newton_schulz() -> dict[str, Callable]:
+    if triton is None:
+        raise ImportError("no Triton")
+    return dict(orthogonalize=functools.partial(newton_schulz, symmetric=symmetric_product))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -453,7 +781,8 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 # its own band and the one before, so scores take T x 2W instead of T x T.
 
 
-def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype) -> Tensor:
+def banded_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype,
+                longest: int = 0) -> Tensor:
     """Additive mask of banded_attention, made once for all blocks of the model with this window.
 
     cu_seqlens: (S,) int32, the piece starts in ascending order, padded with num_tokens. Query i may see
@@ -489,6 +818,33 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float
     q, k, v = bands(q, False), bands(k, previous), bands(v, previous)
     y = F.scaled_dot_product_attention(q, k, v, plan, scale=scale)
     return y.transpose(1, 2).reshape(num_bands * band, num_heads, head_dim)[:num_tokens]
+
+
+def varlen_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype, longest: int):
+    """What varlen_kernels' attention needs: piece starts, an upper bound of their lengths, the window."""
+    return cu_seqlens, longest, window
+
+
+def varlen_kernels(implementation: str | None = None) -> dict[str, Callable]:
+    """Attention by torch.nn.attention.varlen, which computes what banded_attention does, on recent GPUs.
+
+    PyTorch carries FlashAttention 2 (Dao, 2023) for it; `implementation` is "FA3" or "FA4", if installed.
+    Its window counts the keys before the query's own, as ours does. Raises what PyTorch raises.
+    """
+    from torch.nn import attention as registry
+    from torch.nn.attention.varlen import varlen_attn
+
+    if implementation:
+        registry.activate_flash_attention_impl(implementation)
+    elif registry.current_flash_attention_impl():  # that of a candidate before this one
+        registry.restore_flash_attention_impl()
+
+    def varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan, scale: float) -> Tensor:
+        cu_seqlens, longest, window = plan
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
+                           window_size=(window, 0))
+
+    return dict(attention_plan=varlen_plan, attention=varlen_attention)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -560,7 +916,9 @@ class GPT(nn.Module):
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
         """What the head sees, (T, D) in the activations' dtype."""
         s, num_tokens = self.settings, inputs.numel()
-        plans = {window: self.kernels.attention_plan(cu_seqlens, num_tokens, window, s.torch_dtype)
+        whole = self.training and s.microbatch_parts == 1  # else there are slices, or padding of any length
+        longest = min(s.max_piece_tokens, num_tokens) if whole else num_tokens
+        plans = {window: self.kernels.attention_plan(cu_seqlens, num_tokens, window, s.torch_dtype, longest)
                  for window in dict.fromkeys(windows)}
         x = x0 = norm(F.embedding(inputs, self.embed))
         tables = self.look_up_value_embeds(inputs)
@@ -1039,6 +1397,9 @@ def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndar
     return shards, np.concatenate(val_tokens), plan
 
 
+NO_TARGET = -100  # as F.cross_entropy has it
+
+
 class Batch(NamedTuple):
     """One packed sequence on the device: inputs (T,) int32, targets (T,) int64, cu_seqlens (S,) int32."""
 
@@ -1047,16 +1408,41 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
 
 
-def make_batch(tokens: np.ndarray, starts, length: int, device: torch.device) -> Batch:
-    """A batch from T + 1 tokens and the starts of their pieces, padded with T to a fixed length."""
-    num_tokens = len(tokens) - 1
-    cu_seqlens = np.full(length, num_tokens, dtype=np.int32)
-    cu_seqlens[:len(starts)] = starts
-    arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
-    parts = [torch.from_numpy(x) for x in arrays]
+def make_batch(tokens: np.ndarray, starts, length: int, device: torch.device, room: int = 0) -> Batch:
+    """A batch from T + 1 tokens and the starts of their pieces, padded with T to a fixed length.
+
+    Where T is below `room`, a last piece of tokens whose targets do not count fills it up.
+    """
+    num_tokens, room = len(tokens) - 1, max(room, len(tokens) - 1)
+    inputs, targets = np.zeros(room, dtype=np.int32), np.full(room, NO_TARGET, dtype=np.int64)
+    inputs[:num_tokens], targets[:num_tokens] = tokens[:-1], tokens[1:]
+    cu_seqlens = np.full(length, room, dtype=np.int32)
+    cu_seqlens[:len(starts) + 1] = *starts, num_tokens
+    tensors = [torch.from_numpy(x) for x in (inputs, targets, cu_seqlens)]
     if device.type == "cuda":  # pinned, so that the copy does not wait for the device
-        parts = [x.pin_memory().to(device, non_blocking=True) for x in parts]
-    return Batch(*parts)
+        tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
+    return Batch(*tensors)
+
+
+def part_tokens(num_tokens: int, s: Settings) -> int:
+    """Tokens of each part of a microbatch: its share, and room for the piece in which the share ends."""
+    if s.microbatch_parts == 1:
+        return num_tokens
+    return min(num_tokens, round_up(ceil_div(num_tokens, s.microbatch_parts) + s.max_piece_tokens, 128))
+
+
+def split_batch(tokens: np.ndarray, starts: np.ndarray, num_parts: int):
+    """Yields (tokens, starts) of each part of a microbatch, from T + 1 tokens and the starts below T.
+
+    A part ends where the first piece begins at or after its share of T; a piece that is longer than a share
+    leaves the next part empty.
+    """
+    num_tokens = len(tokens) - 1
+    places = np.append(starts, num_tokens)
+    shares = np.arange(num_parts + 1) * num_tokens / num_parts
+    cuts = places[np.searchsorted(places, shares)]
+    for start, end in zip(cuts[:-1], cuts[1:]):
+        yield tokens[start:end + 1], starts[(starts >= start) & (starts < end)] - start
 
 
 def cu_seqlens_length(num_tokens: int, most_pieces: int) -> int:
@@ -1076,7 +1462,8 @@ class TrainLoader:
         self.settings, self.walk = s, DocumentWalk(shards, s.max_piece_tokens, s.epochs)
         self.batch, self.rank, self.device, self.bos_id = batch, rank, device, s.bos_id
         self.most_pieces = plan.most_pieces
-        self.cu_seqlens_length = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
+        self.part_tokens, self.parts = part_tokens(batch.microbatch_tokens, s), deque()
+        self.cu_seqlens_length = self.room_for(plan)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.batches_ahead, self.ahead = batches_ahead, deque()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -1087,8 +1474,13 @@ class TrainLoader:
         for batch in self.ahead:
             batch.cancel()
         self.position = position
+        self.parts.clear()
         self.thread.submit(setattr, self.walk, "position", position)  # after the batch that it may be at
         self.ahead = deque(self.thread.submit(self.assemble) for _ in range(self.batches_ahead))
+
+    def room_for(self, plan: DataUse) -> int:
+        padding = self.settings.microbatch_parts > 1  # a piece that fills up a part
+        return cu_seqlens_length(self.part_tokens, plan.most_pieces + padding)
 
     def place(self, position: tuple[int, int]) -> list:
         """Where the documents after a position begin: a shard's name and a token's number."""
@@ -1103,20 +1495,24 @@ class TrainLoader:
             raise UserError(f"RESUME: expected documents for NUM_ITERATIONS={s.num_iterations} steps, found "
                             f"enough until step {plan.steps}, going on after step {steps}; lower "
                             "NUM_ITERATIONS, raise EPOCHS, or add shards.", exit_code=2)
-        room = cu_seqlens_length(batch.microbatch_tokens, plan.most_pieces)
-        self.cu_seqlens_length = max(self.cu_seqlens_length, room)
+        self.cu_seqlens_length = max(self.cu_seqlens_length, self.room_for(plan))
         self.seek(position)
 
     def next_batch(self) -> Batch:
-        """The next batch, on the device. Raises UserError where a shard no longer is what it was."""
-        self.ahead.append(self.thread.submit(self.assemble))
-        batch, self.position, copied = self.ahead.popleft().result()
-        if copied is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(copied)
-            for x in batch:
-                x.record_stream(stream)
-        return batch
+        """The next batch, or part of one, on the device.
+
+        Raises UserError where a shard no longer is what it was.
+        """
+        if not self.parts:
+            self.ahead.append(self.thread.submit(self.assemble))
+            parts, self.position, copied = self.ahead.popleft().result()
+            self.parts.extend(parts)
+            if copied is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(copied)
+                for x in (x for batch in parts for x in batch):
+                    x.record_stream(stream)
+        return self.parts.popleft()
 
     @property
     def passes(self) -> int:
@@ -1128,7 +1524,7 @@ class TrainLoader:
         return data_use(self.walk.shards, self.position, self.batch, steps, self.most_pieces)
 
     def assemble(self):
-        """In the thread: a batch, the position after it, and the event of its copy, if there is one."""
+        """In the thread: a batch's parts, the position after it, and the event of their copy, if any."""
         num_tokens = self.batch.microbatch_tokens
         pieces = [self.walk.next_microbatch(num_tokens) for _ in range(self.batch.world_size)][self.rank]
         if pieces is None:
@@ -1140,8 +1536,9 @@ class TrainLoader:
             raise UserError(f"{names}: expected documents where they were before step 0, found others around "
                             f"token {pieces[0].start:,}: the file was changed while in use; start again.")
         with torch.cuda.stream(self.stream):  # nothing on the CPU
-            batch = make_batch(tokens, starts[starts < num_tokens], self.cu_seqlens_length, self.device)
-        return batch, self.walk.position, self.stream and self.stream.record_event()
+            parts = [make_batch(*part, self.cu_seqlens_length, self.device, self.part_tokens) for part in
+                     split_batch(tokens, starts[starts < num_tokens], self.settings.microbatch_parts)]
+        return parts, self.walk.position, self.stream and self.stream.record_event()
 
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
@@ -1818,7 +2215,7 @@ def describe_settings(s: Settings, overrides: dict[str, str]) -> list[str]:
 def describe_model(s: Settings) -> str:
     """Parameter counts by group, from a model without storage."""
     with torch.device("meta"):
-        model = GPT(s, choose_kernels(torch.device("meta"))[0])
+        model = GPT(s, choose_kernels(torch.device("meta"), s)[0])
     counts = {name: p.numel() for name, p in model.named_parameters()}
     groups = " + ".join(f"{count:,} {name}" for name, count in counts.items())
     return f"parameters: {sum(counts.values()):,} = {groups}"
@@ -1861,7 +2258,7 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
     finds out while the next step runs: after the weights were spoiled, but before anything of them is kept.
     """
     batch, losses = loader.batch, []
-    for _ in range(batch.per_rank):
+    for _ in range(batch.per_rank * s.microbatch_parts):
         loss = forward(*loader.next_batch(), attention_windows(step, s))
         loss.backward()
         losses.append(loss.detach())
@@ -2030,6 +2427,17 @@ def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: 
     print(describe_data(shards, plan, s) if dry_run else batch.world_size)
 
 
+@contextlib.contextmanager
+def telling_of_memory(s: Settings):
+    """Turns a GPU's lack of memory into a UserError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"MICROBATCH_PARTS: expected the step to fit in the GPU's memory, found: "
+                        f"{str(error).splitlines()[0]}; set more than {s.microbatch_parts}, for instance "
+                        f"{2 * s.microbatch_parts}.") from None
+
+
 def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError."""
     source = Path(__file__).read_text(encoding="utf-8")  # now, before anybody edits it
@@ -2045,8 +2453,8 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     shards, val_tokens, plan = check_data(s, batch)
 
-    with Log(s, world.rank) as log:
-        kernels, why_kernels = choose_kernels(device)
+    with Log(s, world.rank) as log, telling_of_memory(s):
+        kernels, why_kernels = choose_kernels(device, s)
         line = "=" * 100
         log.write(source, line, *describe_environment(device), line, *describe_settings(s, overrides), line,
                   console=False)
@@ -2112,11 +2520,11 @@ def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float
                         f"{folder}; take the version that wrote it: its log holds the source.") from None
     encode, decode = tokenizer_of(s)
     device = choose_device(s, World(0, 1, 0, 1))[0]
-    model = GPT(s, choose_kernels(device)[0])
+    model = GPT(s, choose_kernels(device, s)[0])
     saved = read_tensors(folder / "rank_0.bin")
     for name, p in model.named_parameters():
         p.copy_(saved[name])
-    model.to(device)
+    model.to(device).eval()
     ids, text = [s.bos_id, *encode(prompt)], codecs.getincrementaldecoder("utf-8")("replace")
     generator, windows = torch.Generator().manual_seed(seed), attention_windows(about["step"], s)
     print(prompt, end="", flush=True)

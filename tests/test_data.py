@@ -400,6 +400,32 @@ def test_sixteen_ranks_have_one_microbatch_of_half_the_length_each(tmp_path):
         assert_batch_is(batch, pieces)
 
 
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(corpora, st.integers(2, 6))
+def test_the_parts_of_a_microbatch_are_its_pieces_and_padding_that_does_not_count(corpus, num_parts):
+    """Each part holds whole pieces and the targets that they had in the microbatch, in a fixed room."""
+    with TemporaryDirectory() as folder:
+        corpus = Corpus(folder, microbatch_parts=num_parts, **corpus)
+        room = train_gpt.part_tokens(corpus.s.batch_tokens // 8, corpus.s)
+        [loader], expected = corpus.loaders(1), corpus.microbatches()
+        for pieces, _ in expected[: len(expected) // 8 * 8]:
+            parts = [loader.next_batch() for _ in range(num_parts)]
+            assert {x.shape for part in parts for x in (part.inputs, part.targets)} == {(room,)}
+            tokens, starts = sum(pieces, []), [0, *np.cumsum([len(piece) for piece in pieces])]
+            inputs, targets, ends = [], [], [0]
+            for part in parts:
+                count = int((part.targets != train_gpt.NO_TARGET).sum())
+                assert (part.targets[count:] == train_gpt.NO_TARGET).all()
+                inputs += part.inputs[:count].tolist()
+                targets += part.targets[:count].tolist()
+                ends.append(ends[-1] + count)
+                own = [start - ends[-2] for start in starts if ends[-2] <= start < ends[-1]]
+                found = part.cu_seqlens.tolist()
+                assert found[: len(own) + 1] == [*own, count] and set(found[len(own) + 1 :]) == {room}
+            assert (inputs, targets) == (tokens[:-1], tokens[1:])
+            assert set(ends) <= {*starts, len(tokens) - 1}, "a piece was cut"
+
+
 @pytest.mark.parametrize("world_size", [3, 5, 6, 7, 12])
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(small, world_size):
     with pytest.raises(train_gpt.UserError, match=f"WORLD_SIZE: expected .* found {world_size};") as error:
@@ -665,7 +691,7 @@ def test_validation_batches_have_the_same_shapes_for_all_slices_and_ranks(small,
 
 @pytest.mark.parametrize("step, windows", [(0, (12, 4)), (3, (28, 12)), (6, (44, 20))])
 def test_validate_is_the_plain_mean_over_slices_and_leaves_the_model_as_it_was(small, step, windows):
-    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU)[0])
+    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU, small)[0])
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

@@ -188,8 +188,42 @@ def test_newton_schulz_leaves_its_argument_alone():
 # The choice
 
 
-def test_the_cpu_gets_a_kernel_of_every_kind_and_a_reason_for_each_choice():
-    kernels, reasons = train_gpt.choose_kernels(torch.device("cpu"))
-    assert all(callable(kernel) for kernel in kernels)
+def test_the_cpu_gets_the_plain_kernel_of_every_kind_and_the_reason():
+    kernels, reasons = train_gpt.choose_kernels(torch.device("cpu"), train_gpt.Settings())
+    plain = (train_gpt.banded_plan, train_gpt.banded_attention, train_gpt.softcapped_head_loss)
+    assert kernels == (*plain, train_gpt.newton_schulz)
     for subject in ("attention", "head", "newton_schulz"):
         assert any(line.startswith(f"{subject}: ") and "cpu" in line for line in reasons), subject
+
+
+def missing():
+    raise ImportError("no such package\nand more")
+
+
+@pytest.mark.parametrize(
+    "candidates, name, reason",
+    [
+        ([("fast", lambda: {"k": 1}, lambda kernels: 0.01, 0.03)], "fast", "1.0e-02 from plain PyTorch"),
+        ([("absent", missing, None, 0.03), ("next", lambda: {"k": 1}, lambda kernels: 0.0, 0.03)], "next",
+         "absent: ImportError, no such package"),
+        ([("wrong", lambda: {"k": 1}, lambda kernels: 0.04, 0.03)], "plain one", "wrong: 4.0e-02 from plain"),
+        ([("wild", lambda: {"k": 1}, lambda kernels: math.nan, 0.03)], "plain one", "wild: nan from plain"),
+        ([("broken", lambda: {"k": 1}, lambda kernels: 1 / 0, 0.03)], "plain one", "broken: ZeroDivision"),
+        ([], "plain one", "in plain PyTorch"),
+    ],
+)
+def test_the_first_kernel_that_agrees_is_taken_and_the_log_says_why(candidates, name, reason):
+    kernels, chosen, why = train_gpt.first_that_agrees(candidates, "plain one")
+    assert (chosen, kernels) == (name, {} if name == "plain one" else {"k": 1})
+    assert reason in why and "\n" not in why
+
+
+def test_the_distance_of_two_functions_is_that_of_their_results_or_of_their_gradients():
+    x = torch.tensor([3.0, 4.0])
+    assert train_gpt.distance(lambda x: x, lambda x: x, x) == 0
+    assert train_gpt.distance(lambda x: 1.5 * x, lambda x: x, x, gradients=False) == pytest.approx(0.5)
+    # the same result, with twice the gradient
+    assert train_gpt.distance(lambda x: 2 * x - x.detach(), lambda x: x, x) == pytest.approx(1.0)
+    assert train_gpt.distance(lambda x: x / 0, lambda x: x, x) == math.inf
+    assert train_gpt.distance(lambda x: x * math.nan, lambda x: x, x) > 1e30
+    assert x.grad is None and not x.requires_grad

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, fresh_model
@@ -101,7 +102,7 @@ def plain_loss(
 
 def random_model(s, seed=0):
     """A model all of whose parameters are random and of a size that tells: gates, head, scalars too."""
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
+    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
     generator = torch.Generator().manual_seed(seed)
     size = dict(
         embed=1.0,
@@ -213,6 +214,25 @@ def test_a_packed_sequence_costs_what_its_documents_cost_alone(small):
             for a, b in zip(STARTS, [*STARTS[1:], NUM_TOKENS])
         ]
     assert packed.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 7])
+def test_a_microbatch_in_parts_has_the_loss_and_the_gradients_of_the_whole(small, num_parts):
+    """Windows cross no piece, positions count only within one, and padding does not count."""
+    starts, windows = np.array([0, 30, 31, 70, 100]), (24, 8)
+    small = replace(small, batch_tokens=960)
+    tokens = np.random.default_rng(0).integers(0, 49, size=121).astype(np.uint16)
+    losses, grads = [], []
+    for s in (small, replace(small, microbatch_parts=num_parts)):
+        model, room, loss = random_model(s), train_gpt.part_tokens(120, s), 0.0
+        for part in train_gpt.split_batch(tokens, starts, s.microbatch_parts):
+            part_loss = model(*train_gpt.make_batch(*part, 16, CPU, room), windows)
+            part_loss.backward()
+            loss += part_loss.item()
+        losses.append(loss)
+        grads.append([p.grad for p in model.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert max(difference(b, a.double()) for a, b in zip(*grads)) < 1e-4
 
 
 def test_how_far_the_piece_starts_are_padded_does_not_matter(small):
@@ -394,7 +414,7 @@ def test_a_letter_of_the_window_pattern_counts_where_there_is_attention_and_two_
 
 def test_the_parameters_of_the_race_have_their_shapes_and_dtypes():
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Settings(), train_gpt.choose_kernels(CPU)[0])
+        model = train_gpt.GPT(train_gpt.Settings(), train_gpt.choose_kernels(CPU, train_gpt.Settings())[0])
     found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     assert found == dict(
         embed=((50_304, 768), torch.bfloat16),
@@ -497,7 +517,7 @@ def test_the_seed_alone_decides_the_initial_weights(small):
 
 
 def test_a_parameter_without_initial_weights_is_an_error(small):
-    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU)[0])
+    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU, small)[0])
     model.register_parameter("novelty", torch.nn.Parameter(torch.empty(3)))
     with pytest.raises(KeyError, match="novelty"):
         train_gpt.init_weights(model, 0)

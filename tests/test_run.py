@@ -248,6 +248,17 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_exit_code_1(data, run_main
     assert code == 1 and re.fullmatch(r"step \d+: expected a finite validation loss, found nan: .*\n", said)
 
 
+def test_a_gpu_without_memory_left_is_a_sentence_that_names_the_setting(data, run_main, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.21 GiB.\nMore words.")
+
+    monkeypatch.setattr(train_gpt, "train", out_of_memory)
+    code, _, said = run_main(**overrides(replace(data, microbatch_parts=3)))
+    assert code == 1 and said == (
+        "MICROBATCH_PARTS: expected the step to fit in the GPU's memory, found: CUDA out of memory. Tried to "
+        "allocate 9.21 GiB.; set more than 3, for instance 6.\n")
+
+
 @pytest.mark.slow
 def test_wrong_settings_are_told_once_however_many_ranks_there_are():
     done = launch(nproc=2, PRESET="demo", NUM_ITERATION=3)

@@ -285,7 +285,7 @@ def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, ru
     assert overridden == "overridden: " + ", ".join(sorted(changed)).upper()
     assert batch == "batch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step"
     total, groups = parameters.removeprefix("parameters: ").split(" = ")
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU)[0])
+    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
     counts = [f"{p.numel():,} {name}" for name, p in model.named_parameters()]
     assert groups.split(" + ") == counts and total == f"{sum(p.numel() for p in model.parameters()):,}"
     available = train_gpt.TokenShard(tmp_path / "train_0.bin", s).num_tokens

@@ -1,0 +1,71 @@
+"""On a GPU: each attention against a brute-force mask, and a compiled model with the kernels chosen there."""
+
+import pytest
+import torch
+
+import train_gpt
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+GPU = torch.device("cuda")
+
+
+def by_mask(q, k, v, starts, window, scale):
+    """Attention in float64 with a mask made pair by pair; (T, H, K)."""
+    places = torch.arange(len(q), device=q.device)
+    piece = torch.searchsorted(starts, places.int(), right=True)
+    back = places[:, None] - places
+    seen = (back >= 0) & (back <= window) & (piece[:, None] == piece)
+    scores = scale * torch.einsum("ihk,jhk->hij", q, k).masked_fill(~seen, -torch.inf)
+    return torch.einsum("hij,jhk->ihk", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 64, 128, 300, 5000])
+@pytest.mark.parametrize("implementation", ["FA3", "FA4", None])
+def test_attention_is_that_of_the_mask(implementation, window):
+    try:
+        kernels = train_gpt.varlen_kernels(implementation)
+    except Exception as problem:
+        pytest.skip(f"{implementation} is not here: {problem}")
+    generator = torch.Generator(GPU).manual_seed(window)
+    q, k, v, dy = torch.randn(4, 1000, 6, 128, generator=generator, device=GPU).bfloat16()
+    starts = torch.tensor([0, 1, 130, 400, 401, 999, 1000, 1000], dtype=torch.int32, device=GPU)
+    results = []
+    for exact in (False, True):
+        leaves = [(x.double() if exact else x).detach().requires_grad_() for x in (q, k, v)]
+        if exact:
+            y = by_mask(*leaves, starts, window, 0.12)
+        else:
+            plan = kernels["attention_plan"](starts, 1000, window, torch.bfloat16, 600)
+            y = kernels["attention"](*leaves, plan, 0.12)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+    for found, exact in zip(*results):
+        assert ((found.double() - exact).norm() / exact.norm()).item() < 0.01
+
+
+def test_every_kind_of_kernel_has_a_fast_one_on_a_recent_gpu():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("an older GPU")
+    kernels, reasons = train_gpt.choose_kernels(GPU, train_gpt.Settings())
+    plain = train_gpt.choose_kernels(torch.device("cpu"), train_gpt.Settings())[0]
+    assert all(a is not b for a, b in zip(kernels, plain)), reasons
+
+
+def test_the_model_compiles_to_one_graph_that_agrees_with_the_plain_one():
+    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(s.vocab_size, (2049,), generator=generator).numpy()
+    batch = train_gpt.make_batch(tokens, [0, 5, 700, 1500], 128, GPU)
+    results = []
+    for device in (GPU, torch.device("cpu")):  # the kernels that are chosen there, both run on the GPU
+        model = train_gpt.GPT(s, train_gpt.choose_kernels(device, s)[0])
+        train_gpt.init_weights(model, 0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p.dtype))
+        model.to(GPU)
+        forward = train_gpt.compiled(model, s) if device is GPU else model
+        loss = forward(*batch, (384, 128))
+        loss.backward()
+        results.append((loss.item(), model.attn_bank.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+    assert ((results[0][1] - results[1][1]).norm() / results[1][1].norm()).item() < 0.1
