@@ -5,9 +5,12 @@ With TRITON_INTERPRET=0 the same tests compile and run them on a GPU.
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from test_kernels import head_case, head_loss_by_formula, matrix_with, quintic
 
 import train_gpt
@@ -232,3 +235,23 @@ def test_newton_schulz_by_halves_is_five_steps_of_the_quintic(rows, cols):
     found = train_gpt.half_newton_schulz()["orthogonalize"](stack.to(DEVICE), torch.float16)
     plain = train_gpt.newton_schulz(stack, torch.float16)
     assert found.dtype == torch.float16 and found[1].count_nonzero() == 0 and relative(found, plain) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------
+# Compilation
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_ampere_ada_and_hopper_and_fits_in_their_shared_memory(tmp_path):
+    """Without a GPU, down to machine code; products on Hopper use its own matrix instruction."""
+    changes = dict(TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], capture_output=True,
+                          text=True, env=environment(**changes))
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = [line.split() for line in done.stdout.splitlines()]
+    assert len(builds) == 14
+    room = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10}  # bytes a block may have
+    for name, capability, shared, *instruction in builds:
+        assert int(shared) <= room[capability], (name, capability)
+        expected = "wgmma" if capability == "90" else "mma.sync"
+        assert instruction == ([expected] if name == "symmetric_kernel" else []), (name, capability)

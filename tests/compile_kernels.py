@@ -1,0 +1,39 @@
+"""Compiles every Triton kernel of train_gpt.py for Ampere, Ada and Hopper; needs Triton, but no GPU.
+
+Prints a line a kernel: its name, the GPU's capability, bytes of shared memory, the matrix instruction used.
+"""
+
+import sys
+from pathlib import Path
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt  # noqa: E402
+
+LOSS = dict(logits="*bf16", targets="*i64", losses="*fp32", sums="*fp32", num_columns="i32")
+GRADIENT = dict(logits="*bf16", targets="*i64", sums="*fp32", num_rows="i32", num_columns="i32", scale="fp32")
+SYMMETRIC = dict(x="*bf16", base="*bf16", out="*bf16", rows="i32", cols="i32", alpha="fp32", beta="fp32")
+TILE = dict(ROWS=64, COLUMNS=64)
+BUILDS = [  # as train_gpt.py launches them: kernel, types, constants, warps, least capability
+    (train_gpt.softcap_loss_kernel, LOSS, dict(BLOCK=4096), 8, 80),
+    (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*bf16", grads_t="*bf16"),
+     TILE | dict(TRANSPOSED=False), 4, 80),
+    (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*fp8e5", grads_t="*fp8e5"),
+     TILE | dict(TRANSPOSED=True), 4, 89),
+    (train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=128, COLS=64, ADD=False), 8, 80),
+    (train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=128, COLS=64, ADD=True), 8, 80),
+]
+
+for kernel, types, constants, num_warps, least in BUILDS:
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name].startswith("*") or signature[name] == "i32"}
+    for capability in (80, 89, 90):
+        if capability >= least:
+            source = ASTSource(kernel, signature, constants, aligned)
+            built = compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=num_warps))
+            used = [name for name in ("wgmma", "mma.sync") if name in built.asm["ptx"]]
+            print(kernel.__name__, capability, built.metadata.shared, *used[:1])
