@@ -282,6 +282,7 @@ def main() -> int:
     if args.small:
         s = replace(s, model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, bos_id=49, batch_tokens=512,
                     max_piece_tokens=40, val_slice_tokens=64, window_block=4, torch_compile=False)
+    torch._dynamo.config.recompile_limit = 64  # all versions compile the same code
     report("(2) times")
     measure(report, s, device, rounds=2 if args.small else 10, size=128 if args.small else 8192)
     report("(3) training")
