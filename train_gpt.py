@@ -427,30 +427,42 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     if device.type == "cuda":
         found = {}
         for kind, candidates in fast_kernels(device, s).items():
-            chosen, *choices[kind] = first_that_agrees(candidates, choices[kind][0])
+            chosen, *choices[kind] = first_that_agrees(candidates, choices[kind][0], device)
             found |= chosen
         kernels = kernels._replace(**found)
     return kernels, [f"{kind}: {name} ({why})" for kind, (name, why) in choices.items()]
 
 
-def first_that_agrees(candidates, plain: str) -> tuple[dict[str, Callable], str, str]:
+def first_that_agrees(candidates, plain: str, device: torch.device) -> tuple[dict[str, Callable], str, str]:
     """The kernels, the name and the reason of the first candidate that does what the plain ones do.
 
     Candidates are (name, make, error, tolerance). make() returns kernels by their names in Kernels, and
     error(kernels) their distance from the plain ones. Either may raise: the GPU is too old, say, or a package
-    is missing. Where none is left, the plain ones stay, and the reason names what was wrong with each.
+    is missing. Where none is left, the plain ones stay, and the reason names what was wrong with each. All
+    ranks try the candidates together and take one that agrees on each of them. Raises RuntimeError where a
+    candidate left the device unusable.
     """
     against = []
     for name, make, error, tolerance in candidates:
+        kernels, found, problem = {}, math.inf, ""
         try:
             kernels = make()
             found = error(kernels)
-        except Exception as problem:  # whatever it is, it stands in the log
-            against.append(f"{name}: {type(problem).__name__}, {(str(problem).splitlines() or [''])[0]}")
-            continue
-        if found <= tolerance:  # NaN never is
-            return kernels, name, "; ".join([f"{found:.1e} from plain PyTorch on a small case", *against])
-        against.append(f"{name}: {found:.1e} from plain PyTorch on a small case, more than {tolerance:g}")
+        except Exception as raised:  # whatever it is, it stands in the log
+            problem = f"{type(raised).__name__}, {(str(raised).splitlines() or [''])[0]}"
+        try:
+            worst = torch.tensor(found, device=device).nan_to_num(math.inf)
+            if dist.is_initialized():
+                dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+            worst = worst.item()
+        except RuntimeError as broken:
+            raise RuntimeError(f"{name} failed ({problem}), and {device} does not work since") from broken
+        if worst <= tolerance:
+            return kernels, name, "; ".join([f"{worst:.1e} from plain PyTorch on a small case", *against])
+        if not problem and found <= tolerance:
+            problem = "failed on another rank"
+        against.append(f"{name}: " + (problem or f"{found:.1e} from plain PyTorch on a small case, more than "
+                                                 f"{tolerance:g}"))
     return {}, plain, "; ".join(["in plain PyTorch", *against])
 
 
@@ -502,8 +514,9 @@ def distance(fast: Callable, plain: Callable, *inputs: Tensor, gradients: bool =
     results = []
     for function in (fast, plain):
         leaves = [x.detach().requires_grad_(gradients) for x in inputs]
-        y = function(*leaves)
-        grads = torch.autograd.grad(y.float().square().sum(), leaves) if gradients else ()
+        with torch.set_grad_enabled(gradients):
+            y = function(*leaves)
+            grads = torch.autograd.grad(y.float().square().sum(), leaves) if gradients else ()
         results.append([x.detach().double() for x in (y, *grads)])
     distances = torch.stack([(x - y).norm() / y.norm() for x, y in zip(*results)])
     return distances.nan_to_num(math.inf, math.inf).max().item()
@@ -904,20 +917,19 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]):
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, longest: int,
+                windows: tuple[int, int]) -> Tensor:
         """Cross-entropy in nats, a float32 scalar: summed over tokens in training, averaged in evaluation.
 
-        inputs: (T,) int32 and targets: (T,) int64 token ids; cu_seqlens: (S,) int32 piece starts, padded
-        with T; windows: (long, short) attention windows in tokens.
+        The first four are a Batch; windows: (long, short) attention windows in tokens.
         """
-        loss = self.kernels.head_loss(self.hidden(inputs, cu_seqlens, windows), self.lm_head, targets)
+        x = self.hidden(inputs, cu_seqlens, longest, windows)
+        loss = self.kernels.head_loss(x, self.lm_head, targets)
         return loss if self.training else loss / inputs.numel()
 
-    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, windows: tuple[int, int]) -> Tensor:
+    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, longest: int, windows: tuple[int, int]) -> Tensor:
         """What the head sees, (T, D) in the activations' dtype."""
         s, num_tokens = self.settings, inputs.numel()
-        whole = self.training and s.microbatch_parts == 1  # else there are slices, or padding of any length
-        longest = min(s.max_piece_tokens, num_tokens) if whole else num_tokens
         plans = {window: self.kernels.attention_plan(cu_seqlens, num_tokens, window, s.torch_dtype, longest)
                  for window in dict.fromkeys(windows)}
         x = x0 = norm(F.embedding(inputs, self.embed))
@@ -1401,27 +1413,30 @@ NO_TARGET = -100  # as F.cross_entropy has it
 
 
 class Batch(NamedTuple):
-    """One packed sequence on the device: inputs (T,) int32, targets (T,) int64, cu_seqlens (S,) int32."""
+    """One packed sequence on the device, and what is known of it without a look at the device."""
 
-    inputs: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
+    inputs: Tensor  # (T,) int32
+    targets: Tensor  # (T,) int64; NO_TARGET where a token does not count
+    cu_seqlens: Tensor  # (S,) int32: where the pieces start, in ascending order, padded with T
+    longest: int  # tokens that no piece exceeds; one number for all of training, and one for all validation
 
 
-def make_batch(tokens: np.ndarray, starts, length: int, device: torch.device, room: int = 0) -> Batch:
-    """A batch from T + 1 tokens and the starts of their pieces, padded with T to a fixed length.
+def make_batch(tokens: np.ndarray, starts, length: int, longest: int, device: torch.device,
+               room: int = 0) -> Batch:
+    """A batch from T + 1 tokens and the starts of their pieces, padded with T to `length` of them.
 
-    Where T is below `room`, a last piece of tokens whose targets do not count fills it up.
+    Where T is below `room`, pieces of at most `longest` tokens whose targets do not count fill it up.
     """
     num_tokens, room = len(tokens) - 1, max(room, len(tokens) - 1)
     inputs, targets = np.zeros(room, dtype=np.int32), np.full(room, NO_TARGET, dtype=np.int64)
     inputs[:num_tokens], targets[:num_tokens] = tokens[:-1], tokens[1:]
+    starts = np.append(starts, np.arange(num_tokens, room, longest))
     cu_seqlens = np.full(length, room, dtype=np.int32)
-    cu_seqlens[:len(starts) + 1] = *starts, num_tokens
+    cu_seqlens[:len(starts)] = starts
     tensors = [torch.from_numpy(x) for x in (inputs, targets, cu_seqlens)]
     if device.type == "cuda":  # pinned, so that the copy does not wait for the device
         tensors = [x.pin_memory().to(device, non_blocking=True) for x in tensors]
-    return Batch(*tensors)
+    return Batch(*tensors, longest)
 
 
 def part_tokens(num_tokens: int, s: Settings) -> int:
@@ -1463,6 +1478,7 @@ class TrainLoader:
         self.batch, self.rank, self.device, self.bos_id = batch, rank, device, s.bos_id
         self.most_pieces = plan.most_pieces
         self.part_tokens, self.parts = part_tokens(batch.microbatch_tokens, s), deque()
+        self.longest = min(s.max_piece_tokens, self.part_tokens)
         self.cu_seqlens_length = self.room_for(plan)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.batches_ahead, self.ahead = batches_ahead, deque()
@@ -1479,7 +1495,7 @@ class TrainLoader:
         self.ahead = deque(self.thread.submit(self.assemble) for _ in range(self.batches_ahead))
 
     def room_for(self, plan: DataUse) -> int:
-        padding = self.settings.microbatch_parts > 1  # a piece that fills up a part
+        padding = ceil_div(self.part_tokens, self.longest) if self.settings.microbatch_parts > 1 else 0
         return cu_seqlens_length(self.part_tokens, plan.most_pieces + padding)
 
     def place(self, position: tuple[int, int]) -> list:
@@ -1510,7 +1526,7 @@ class TrainLoader:
             if copied is not None:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(copied)
-                for x in (x for batch in parts for x in batch):
+                for x in (x for batch in parts for x in (batch.inputs, batch.targets, batch.cu_seqlens)):
                     x.record_stream(stream)
         return self.parts.popleft()
 
@@ -1536,8 +1552,9 @@ class TrainLoader:
             raise UserError(f"{names}: expected documents where they were before step 0, found others around "
                             f"token {pieces[0].start:,}: the file was changed while in use; start again.")
         with torch.cuda.stream(self.stream):  # nothing on the CPU
-            parts = [make_batch(*part, self.cu_seqlens_length, self.device, self.part_tokens) for part in
-                     split_batch(tokens, starts[starts < num_tokens], self.settings.microbatch_parts)]
+            parts = [make_batch(*part, self.cu_seqlens_length, self.longest, self.device, self.part_tokens)
+                     for part in split_batch(tokens, starts[starts < num_tokens],
+                                             self.settings.microbatch_parts)]
         return parts, self.walk.position, self.stream and self.stream.record_event()
 
 
@@ -1546,13 +1563,13 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
 
     Slices are cut at fixed places; their pieces start at 0 and wherever a BOS stands.
     """
-    size = s.val_slice_tokens
-    bos_per_slice = np.add.reduceat(tokens[:-1] == s.bos_id, np.arange(0, s.val_tokens, size), dtype=np.int64)
-    length = cu_seqlens_length(size, int(bos_per_slice.max()) + 1)
-    for number in range(rank, s.val_tokens // size, world_size):
-        piece = tokens[number * size:(number + 1) * size + 1]
-        starts = np.union1d([0], np.flatnonzero(piece[:-1] == s.bos_id))
-        yield number, make_batch(piece, starts, length, device)
+    size, first = s.val_slice_tokens, np.arange(0, s.val_tokens + 1, s.val_slice_tokens)  # of each slice
+    starts = np.union1d(first, np.flatnonzero(tokens[:-1] == s.bos_id))
+    longest, places = int(np.diff(starts).max()), np.searchsorted(starts, first)
+    length = cu_seqlens_length(size, int(np.diff(places).max()))
+    for number in range(rank, len(first) - 1, world_size):
+        own = starts[places[number]:places[number + 1]] - first[number]
+        yield number, make_batch(tokens[first[number]:first[number + 1] + 1], own, length, longest, device)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2227,6 +2244,18 @@ def describe_data(shards: list[TokenShard], plan: DataUse, s: Settings) -> str:
             f"{counted(len(shards), 'shard')}; {plan}")
 
 
+@contextlib.contextmanager
+def telling_of_memory(name: str, what: str, remedy: str):
+    """Turns a lack of memory, for `what`, into a UserError that names a setting and a remedy."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS, NCCL and the CPU raise others
+        if not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"{name}: expected {what} to fit in memory, found: {str(error).splitlines()[0]}; "
+                        f"{remedy}.") from None
+
+
 def fetch_later(x: Tensor) -> Callable[[], Tensor]:
     """Start copying to the host; the result waits for the copy, but not for what comes after it."""
     if x.device.type == "cpu":
@@ -2295,9 +2324,21 @@ def compiled(model: GPT, s: Settings, **options):
     return torch.compile(model, dynamic=False, fullgraph=True, **options)
 
 
-def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -> None:
+def graphs_compiled(s: Settings) -> int:
+    """How many graphs torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if s.torch_compile else 0
+
+
+def validates(step: int, s: Settings) -> bool:
+    """Whether the run validates after `step` steps, if it has not stopped by then."""
+    return step == s.num_iterations or (s.val_loss_every > 0 and step % s.val_loss_every == 0)
+
+
+def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.ndarray,
+            s: Settings) -> None:
     """Untimed steps at every window size, on real batches; then parameters, state and loader are put back.
 
+    So that nothing is left to compile, it evaluates at every window size of the validations too.
     Raises RuntimeError if anything is not bit for bit what it was.
     """
     if not s.warmup_steps:
@@ -2309,6 +2350,13 @@ def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, s: Settings) -
     for i in range(max(s.warmup_steps, len(stages))):
         train_step(forward, optimizers, loader, stages[i % len(stages)], s)
         loader.seek(position)
+    if s.torch_compile:
+        _, batch = next(validation_batches(val_tokens, s, 0, 1, loader.device))
+        model.eval()
+        with torch.no_grad():
+            for windows in {attention_windows(i, s) for i in range(s.num_iterations + 1) if validates(i, s)}:
+                forward(*batch, windows)
+        model.train()
     set_random_state(random_states, loader.device)
     for x, kept in zip(tensors, before):
         x.copy_(kept)
@@ -2322,8 +2370,10 @@ def validate(model: GPT, forward, val_tokens: np.ndarray, s: Settings, world: Wo
     device = model.scalars.device
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     model.eval()
-    for number, batch in validation_batches(val_tokens, s, world.rank, world.size, device):
-        losses[number] = forward(*batch, attention_windows(step, s))
+    less = f"set a divisor of VAL_TOKENS={s.val_tokens} below {s.val_slice_tokens}"
+    with telling_of_memory("VAL_SLICE_TOKENS", "the validation of a slice", less):
+        for number, batch in validation_batches(val_tokens, s, world.rank, world.size, device):
+            losses[number] = forward(*batch, attention_windows(step, s))
     model.train()
     if world.size > 1:  # a slice's loss is a number on one rank and zero on the others: the sum is exact
         dist.all_reduce(losses)
@@ -2336,7 +2386,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
 
     Returns the exit code: 0, or 128 and the signal that stopped it. Raises UserError where it diverged.
     """
-    passes, stop_signal = loader.passes, 0
+    passes, stop_signal, graphs = loader.passes, 0, graphs_compiled(s)
     log.open_bar(first_step)
     if world.size > 1:
         dist.barrier()  # the clock starts when the last rank is ready
@@ -2344,7 +2394,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
         clock.start()
         for step in range(first_step, s.num_iterations + 1):
             last_step = step == s.num_iterations
-            validating = last_step or (s.val_loss_every and step % s.val_loss_every == 0)
+            validating = validates(step, s)
             saving = s.checkpoint_every and step % s.checkpoint_every == 0
             if validating or saving or stop_signal:
                 clock.stop()
@@ -2372,6 +2422,8 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
                 log.write(f"data: pass {passes} over the training shards begins in step {step + 1}")
     if not s.resume_changed:  # which can mean that what was taken before is not known
         log.write(f"data: {loader.use(step)}")
+    if s.torch_compile:
+        log.write(f"compiled since the warm-up: {counted(graphs_compiled(s) - graphs, 'graph')}")
     log.result(step, val_loss, clock)
     return 0
 
@@ -2427,20 +2479,9 @@ def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: 
     print(describe_data(shards, plan, s) if dry_run else batch.world_size)
 
 
-@contextlib.contextmanager
-def telling_of_memory(s: Settings):
-    """Turns a GPU's lack of memory into a UserError that says what to do."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"MICROBATCH_PARTS: expected the step to fit in the GPU's memory, found: "
-                        f"{str(error).splitlines()[0]}; set more than {s.microbatch_parts}, for instance "
-                        f"{2 * s.microbatch_parts}.") from None
-
-
 def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError."""
-    source = Path(__file__).read_text(encoding="utf-8")  # now, before anybody edits it
+    start, source = time.monotonic(), Path(__file__).read_text(encoding="utf-8")  # before anybody edits it
     device, why_device = choose_device(s, world)
     check_compiler(s, device)
     batch = plan_batch(s, world.size)
@@ -2453,7 +2494,8 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     shards, val_tokens, plan = check_data(s, batch)
 
-    with Log(s, world.rank) as log, telling_of_memory(s):
+    more = f"set more than {s.microbatch_parts}, for instance {2 * s.microbatch_parts}"
+    with Log(s, world.rank) as log, telling_of_memory("MICROBATCH_PARTS", "the step", more):
         kernels, why_kernels = choose_kernels(device, s)
         line = "=" * 100
         log.write(source, line, *describe_environment(device), line, *describe_settings(s, overrides), line,
@@ -2473,7 +2515,9 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         checkpoints = Checkpoints(s, world, model, optimizers, loader, clock, log, hashes)
         first_step = checkpoints.resume()
         forward = compiled(model, s) if s.torch_compile else model
-        warm_up(model, forward, optimizers, loader, s)
+        warm_up(model, forward, optimizers, loader, val_tokens, s)
+        log.write(f"ready after {time.monotonic() - start:.1f} s, with {counted(s.warmup_steps, 'step')} of "
+                  f"warm-up and {counted(graphs_compiled(s), 'graph')} compiled")
         code = train(model, forward, optimizers, loader, val_tokens, s, world, log, clock, checkpoints,
                      first_step)
     if world.size > 1:  # not after an error: a rank that failed must not wait for the others
@@ -2524,14 +2568,14 @@ def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float
     saved = read_tensors(folder / "rank_0.bin")
     for name, p in model.named_parameters():
         p.copy_(saved[name])
-    model.to(device).eval()
+    model.to(device)
     ids, text = [s.bos_id, *encode(prompt)], codecs.getincrementaldecoder("utf-8")("replace")
     generator, windows = torch.Generator().manual_seed(seed), attention_windows(about["step"], s)
     print(prompt, end="", flush=True)
     for _ in range(length):
         inputs = torch.tensor(ids[-len(model.cos):], dtype=torch.int32, device=device)
         starts = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
-        x = model.hidden(inputs, starts, windows)[-1]
+        x = model.hidden(inputs, starts, len(inputs), windows)[-1]
         logits = 30 * torch.sigmoid((model.lm_head.type_as(x) @ x).float() / 7.5)[:s.vocab_size].cpu()
         chances = torch.softmax(logits / max(temperature, 1e-6), 0)
         ids.append(int(torch.multinomial(chances, 1, generator=generator)))

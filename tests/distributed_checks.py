@@ -274,6 +274,20 @@ def collectives_a_step_do_not_grow_with_the_blocks(rank, world_size):
     assert counts[4] == counts[12] == 2 * tensors, f"by number of blocks {counts}, {tensors} tensors"
 
 
+@check
+def all_ranks_take_the_first_kernel_that_agrees_on_each_of_them(rank, world_size):
+    last = world_size - 1
+    candidates = [("here and there", dict, lambda _: 1.0 if rank == last else 0.0, 0.5),
+                  ("raises on one", dict, lambda _: 1 / (last - rank), 2.0),
+                  ("everywhere", dict, lambda _: rank / world_size, 1.0),
+                  ("later", dict, lambda _: 0.0, 1.0)]
+    _, name, why = train_gpt.first_that_agrees(candidates, "plain", torch.device("cpu"))
+    other = "1.0e+00 from plain PyTorch on a small case, more than 0.5; raises on one: ZeroDivisionError"
+    expected = other if rank == last else "failed on another rank; raises on one: "
+    assert name == "everywhere" and f"here and there: {expected}" in why, why
+    assert why.startswith(f"{last / world_size:.1e} from plain"), why
+
+
 threads_after_run = []  # names; none where there is no /proc
 
 

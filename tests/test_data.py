@@ -421,7 +421,9 @@ def test_the_parts_of_a_microbatch_are_its_pieces_and_padding_that_does_not_coun
                 ends.append(ends[-1] + count)
                 own = [start - ends[-2] for start in starts if ends[-2] <= start < ends[-1]]
                 found = part.cu_seqlens.tolist()
-                assert found[: len(own) + 1] == [*own, count] and set(found[len(own) + 1 :]) == {room}
+                assert found[: len(own)] == own and set(found[len(own) :]) >= {count, room}
+                assert found[-1] == room and 0 <= min(np.diff(found)) and max(np.diff(found)) <= part.longest
+                assert part.longest == min(corpus.s.max_piece_tokens, room)
             assert (inputs, targets) == (tokens[:-1], tokens[1:])
             assert set(ends) <= {*starts, len(tokens) - 1}, "a piece was cut"
 
@@ -444,7 +446,7 @@ def corpus(tmp_path):
 
 
 def all_of(batch):
-    return [x.tolist() for x in batch]
+    return [x.tolist() for x in batch[:3]]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 4])
@@ -679,14 +681,24 @@ def test_validation_batches_have_the_same_shapes_for_all_slices_and_ranks(small,
     s = replace(small, val_tokens=1500, val_slice_tokens=300)
     text = np.full(1501, 7, dtype=np.uint16)
     text[300 + lone_bos : 300 + many] = BOS
-    shapes, starts = set(), {}
+    shapes, starts, bounds = set(), {}, set()
     for rank in range(3):
         for number, batch in train_gpt.validation_batches(text, s, rank, 3, CPU):
             shapes.add((batch.inputs.shape, batch.targets.shape, batch.cu_seqlens.shape))
             starts[number] = int((batch.cu_seqlens < 300).sum())
             assert batch.cu_seqlens[-1] == 300
-    assert shapes == {((300,), (300,), (length,))}
+            bounds.add(batch.longest)
+    assert shapes == {((300,), (300,), (length,))} and bounds == {300}
     assert starts == {0: 1, 1: many, 2: 1, 3: 1, 4: 1}
+
+
+def test_validation_batches_all_say_how_long_the_longest_piece_of_any_is(small):
+    text = np.full(257, 7, dtype=np.uint16)
+    text[::20] = BOS
+    text[[100, 120]] = 7  # from 80 to the slice's end at 128 are 48 tokens
+    batches = [b for rank in (0, 1) for _, b in train_gpt.validation_batches(text, small, rank, 2, CPU)]
+    assert [batch.longest for batch in batches] == [48] * 4
+    assert max(max(np.diff(batch.cu_seqlens)) for batch in batches) == 48
 
 
 @pytest.mark.parametrize("step, windows", [(0, (12, 4)), (3, (28, 12)), (6, (44, 20))])
@@ -697,15 +709,15 @@ def test_validate_is_the_plain_mean_over_slices_and_leaves_the_model_as_it_was(s
             p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     text, losses, seen = validation_text(), [], []
 
-    def forward(inputs, targets, cu_seqlens, windows):
+    def forward(inputs, targets, cu_seqlens, longest, windows):
         seen.append((model.training, torch.is_grad_enabled(), windows))
-        return model(inputs, targets, cu_seqlens, windows)
+        return model(inputs, targets, cu_seqlens, longest, windows)
 
     found = train_gpt.validate(model, forward, text, small, train_gpt.World(0, 1, 0, 1), step)
     assert model.training and seen == 4 * [(False, False, windows)]
     for start in range(0, 256, 64):  # training mode sums over the tokens
         piece = torch.from_numpy(text[start : start + 65].astype(np.int64))
         starts = torch.tensor([i for i in range(64) if i == 0 or piece[i] == BOS] + [64], dtype=torch.int32)
-        losses.append(model(piece[:-1].int(), piece[1:], starts, windows).item() / 64)
+        losses.append(model(piece[:-1].int(), piece[1:], starts, 64, windows).item() / 64)
     assert max(losses) - min(losses) > 0.01
     assert found == pytest.approx(sum(losses) / 4, rel=1e-6)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import CPU
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
@@ -213,9 +214,20 @@ def missing():
     ],
 )
 def test_the_first_kernel_that_agrees_is_taken_and_the_log_says_why(candidates, name, reason):
-    kernels, chosen, why = train_gpt.first_that_agrees(candidates, "plain one")
+    kernels, chosen, why = train_gpt.first_that_agrees(candidates, "plain one", CPU)
     assert (chosen, kernels) == (name, {} if name == "plain one" else {"k": 1})
     assert reason in why and "\n" not in why
+
+
+def test_a_candidate_that_breaks_the_device_ends_the_run_by_its_name(monkeypatch):
+    """An illegal access of memory, say, after which a GPU does nothing more for its process."""
+    def broken(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "tensor", broken)
+        with pytest.raises(RuntimeError, match="wild failed .ZeroDivisionError, .*, and cpu does not work"):
+            train_gpt.first_that_agrees([("wild", dict, lambda kernels: 1 / 0, 1.0)], "plain", CPU)
 
 
 def test_the_distance_of_two_functions_is_that_of_their_results_or_of_their_gradients():
@@ -226,4 +238,6 @@ def test_the_distance_of_two_functions_is_that_of_their_results_or_of_their_grad
     assert train_gpt.distance(lambda x: 2 * x - x.detach(), lambda x: x, x) == pytest.approx(1.0)
     assert train_gpt.distance(lambda x: x / 0, lambda x: x, x) == math.inf
     assert train_gpt.distance(lambda x: x * math.nan, lambda x: x, x) > 1e30
+    with torch.no_grad():  # as where text is drawn
+        assert train_gpt.distance(lambda x: 2 * x - x.detach(), lambda x: x, x) == pytest.approx(1.0)
     assert x.grad is None and not x.requires_grad

@@ -120,11 +120,11 @@ def random_model(s, seed=0):
 
 
 def batch_of(s, num_tokens=NUM_TOKENS, starts=STARTS, padding=4, seed=1):
-    """inputs, targets and padded cu_seqlens, with the model's dtypes."""
+    """inputs, targets, padded cu_seqlens and a bound of the pieces' lengths, with the model's dtypes."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(s.vocab_size, (num_tokens + 1,), generator=generator)
     cu_seqlens = torch.tensor([*starts, *[num_tokens] * padding], dtype=torch.int32)
-    return tokens[:-1].int(), tokens[1:], cu_seqlens
+    return tokens[:-1].int(), tokens[1:], cu_seqlens, num_tokens
 
 
 def in_double(model):
@@ -155,8 +155,8 @@ def with_weights(model, **changed):
 
 @pytest.mark.parametrize("windows", [(12, 4), (28, 12), (1000, 1), (8, 8)])
 def test_loss_and_gradients_are_those_of_the_plain_model(small, windows):
-    model, (inputs, targets, cu_seqlens) = random_model(small), batch_of(small)
-    loss = model(inputs, targets, cu_seqlens, windows)
+    model, (inputs, targets, cu_seqlens, longest) = random_model(small), batch_of(small)
+    loss = model(inputs, targets, cu_seqlens, longest, windows)
     loss.backward()
     p = in_double(model)
     expected = plain_loss(p, inputs.long(), targets, STARTS, windows)
@@ -190,9 +190,9 @@ LAYOUTS = [  # settings, and the same in the plain model's words
 @pytest.mark.parametrize("overrides, words", LAYOUTS, ids=[str(overrides) for overrides, _ in LAYOUTS])
 def test_every_layout_is_that_of_the_plain_model(small, overrides, words):
     s = replace(small, **overrides)
-    model, (inputs, targets, cu_seqlens) = random_model(s), batch_of(s)
+    model, (inputs, targets, cu_seqlens, longest) = random_model(s), batch_of(s)
     with torch.no_grad():
-        loss = model(inputs, targets, cu_seqlens, WINDOWS)
+        loss = model(inputs, targets, cu_seqlens, longest, WINDOWS)
         expected = plain_loss(in_double(model), inputs.long(), targets, STARTS, WINDOWS, **words)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -206,11 +206,12 @@ def test_the_loss_is_summed_in_training_and_averaged_in_evaluation(small):
 
 def test_a_packed_sequence_costs_what_its_documents_cost_alone(small):
     """Documents do not see one another and, rotation being relative, do not notice where they stand."""
-    model, (inputs, targets, _) = random_model(small), batch_of(small)
+    model, (inputs, targets, _, longest) = random_model(small), batch_of(small)
+    starts = torch.tensor([*STARTS, NUM_TOKENS], dtype=torch.int32)
     with torch.no_grad():
-        packed = model(inputs, targets, torch.tensor([*STARTS, NUM_TOKENS], dtype=torch.int32), WINDOWS)
+        packed = model(inputs, targets, starts, longest, WINDOWS)
         alone = [
-            model(inputs[a:b], targets[a:b], torch.tensor([0, b - a], dtype=torch.int32), WINDOWS)
+            model(inputs[a:b], targets[a:b], torch.tensor([0, b - a], dtype=torch.int32), b - a, WINDOWS)
             for a, b in zip(STARTS, [*STARTS[1:], NUM_TOKENS])
         ]
     assert packed.item() == pytest.approx(sum(alone).item(), rel=1e-5)
@@ -226,7 +227,7 @@ def test_a_microbatch_in_parts_has_the_loss_and_the_gradients_of_the_whole(small
     for s in (small, replace(small, microbatch_parts=num_parts)):
         model, room, loss = random_model(s), train_gpt.part_tokens(120, s), 0.0
         for part in train_gpt.split_batch(tokens, starts, s.microbatch_parts):
-            part_loss = model(*train_gpt.make_batch(*part, 16, CPU, room), windows)
+            part_loss = model(*train_gpt.make_batch(*part, 16, 40, CPU, room), windows)
             part_loss.backward()
             loss += part_loss.item()
         losses.append(loss)
@@ -258,7 +259,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
     loss = model(*batch_of(s), WINDOWS)
     assert seen == dict(attention=[torch.bfloat16] * 4, head_loss=[torch.bfloat16, torch.float32])
     assert loss.dtype == torch.float32
-    inputs, targets, _ = batch_of(s)
+    inputs, targets, *_ = batch_of(s)
     with torch.no_grad():
         expected = plain_loss(in_double(model), inputs.long(), targets, STARTS, WINDOWS)
     assert loss.item() == pytest.approx(expected.item(), rel=0.03)
@@ -435,8 +436,8 @@ def test_a_layout_without_a_part_has_no_parameter_for_it(small):
 
 
 def test_the_gradient_reaches_every_matrix_gate_table_and_scalar_that_is_used(small):
-    model, (inputs, targets, cu_seqlens) = random_model(small), batch_of(small)
-    model(inputs, targets, cu_seqlens, WINDOWS).backward()
+    model, (inputs, targets, cu_seqlens, longest) = random_model(small), batch_of(small)
+    model(inputs, targets, cu_seqlens, longest, WINDOWS).backward()
     for bank in (model.attn_bank, model.gate_bank, model.mlp_bank):
         assert (bank.grad.abs().amax(dim=(1, 2)) > 1e-4).all()
         assert (bank.grad.flatten(1) != 0).float().mean() > 0.9

@@ -28,6 +28,34 @@ def test_the_program_for_gpus_runs_small_on_a_cpu_from_end_to_end(tmp_path):
     assert (tmp_path / "prove.txt").read_text() == done.stdout
 
 
+def test_what_fails_or_takes_too_long_is_named_and_the_rest_runs(tmp_path, capsys):
+    report = prove.Report(tmp_path / "prove.txt", 60)
+    assert report.run("good", ["-c", "import os; print(os.environ['X'])"], 60, X=3) == "3\n"
+    assert report.run("bad", ["-c", "print('so far'); 1 / 0"], 60) is None
+    assert report.run("slow", ["-uc", "import time; print('begun'); time.sleep(60)"], 1.5) is None
+    with report.telling_of("worse"):
+        raise ValueError("wrong")
+    shown = capsys.readouterr().out
+    assert report.failed == ["bad", "slow", "worse"] and shown == (tmp_path / "prove.txt").read_text()
+    for part in ("FAILED: bad\nexit code 1\nso far\n", "ZeroDivisionError", "FAILED: slow\nit took more than",
+                 "begun", "FAILED: worse\nTraceback", "ValueError: wrong"):
+        assert part in shown, part
+
+
+def test_a_version_that_fails_does_not_keep_the_others_from_being_timed(tmp_path, capsys, monkeypatch, small):
+    real = prove.Version
+
+    def version(name, *args):
+        return 1 / 0 if name == "all fast" else real(name, *args)
+
+    monkeypatch.setattr(prove, "Version", version)
+    report = prove.Report(tmp_path / "prove.txt", 3 * prove.LIMIT)
+    prove.measure(report, small, CPU, rounds=1, size=8)
+    shown = capsys.readouterr().out
+    assert report.failed == ["times of all fast"] and "in brackets the ratio to head in bfloat16" in shown
+    assert len(re.findall(r"^\| (?:plain|head in)", shown, re.M)) == len(prove.VERSIONS) - 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, prove.__file__], env=environment(), capture_output=True, text=True)

@@ -255,8 +255,49 @@ def test_a_gpu_without_memory_left_is_a_sentence_that_names_the_setting(data, ru
     monkeypatch.setattr(train_gpt, "train", out_of_memory)
     code, _, said = run_main(**overrides(replace(data, microbatch_parts=3)))
     assert code == 1 and said == (
-        "MICROBATCH_PARTS: expected the step to fit in the GPU's memory, found: CUDA out of memory. Tried to "
+        "MICROBATCH_PARTS: expected the step to fit in memory, found: CUDA out of memory. Tried to "
         "allocate 9.21 GiB.; set more than 3, for instance 6.\n")
+
+
+@pytest.mark.parametrize("message", [
+    "CUDA out of memory. Tried to allocate 9.21 GiB.",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+])
+def test_memory_that_validation_lacks_is_a_sentence_that_names_another_setting(data, run_main, monkeypatch,
+                                                                              message):
+    def out_of_memory(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(train_gpt, "validation_batches", out_of_memory)
+    code, _, said = run_main(**overrides(data))
+    assert code == 1 and said == (f"VAL_SLICE_TOKENS: expected the validation of a slice to fit in memory, "
+                                  f"found: {message}; set a divisor of VAL_TOKENS=256 below 64.\n")
+
+
+def test_what_is_no_lack_of_memory_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="other") as error:
+        with train_gpt.telling_of_memory("NAME", "it", "do something"):
+            raise RuntimeError("other")
+    assert not isinstance(error.value, train_gpt.UserError)
+
+
+@pytest.mark.parametrize("val_loss_every", [0, 3])
+def test_the_warm_up_leaves_nothing_to_compile_and_the_log_says_so(data, run_main, monkeypatch,
+                                                                   val_loss_every):
+    """Windows for steps 0 to 6: 3, 7 and 11 blocks; training meets them all, validation some."""
+    real = train_gpt.compiled
+    monkeypatch.setattr(train_gpt, "compiled", lambda *args: real(*args, backend="eager"))
+    monkeypatch.setattr(train_gpt, "check_compiler", lambda *_: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    s = replace(data, torch_compile=True, val_loss_every=val_loss_every, target_loss=0.0)
+    code, shown, _ = run_main(**overrides(s))
+    torch._dynamo.reset()
+    graphs = 6 if val_loss_every else 4
+    ready = rf"^ready after \d+\.\d s, with 3 steps of warm-up and {graphs} graphs compiled$"
+    assert code == 0 and re.search(ready, shown, re.M)
+    assert "\ncompiled since the warm-up: 0 graphs\n" in shown
 
 
 @pytest.mark.slow
@@ -285,7 +326,7 @@ def test_every_window_stage_compiles_to_one_graph_for_training_and_one_for_evalu
     s = replace(small, num_iterations=20, window_schedule="2,3,4,5,6", **layout)
     model, graphs = fresh_model(s), []
     inputs, targets = torch.arange(32, dtype=torch.int32), torch.arange(1, 33)
-    batch = inputs, targets, torch.tensor([0, 7, 32, 32], dtype=torch.int32)
+    batch = inputs, targets, torch.tensor([0, 7, 32, 32], dtype=torch.int32), 25
 
     def backend(graph, _):
         graphs.append(graph)

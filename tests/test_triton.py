@@ -1,6 +1,6 @@
-"""The GPU's kernels against float64 formulas: on the CPU under Triton's interpreter, which conftest.py sets.
+"""The GPU's kernels against float64 formulas: on a GPU, or on the CPU under Triton's interpreter.
 
-With TRITON_INTERPRET=0 the same tests compile and run them on a GPU.
+conftest.py chooses; TRITON_INTERPRET=1 or 0 overrides it.
 """
 
 import math
@@ -153,7 +153,8 @@ def test_the_float8_head_is_the_formula_on_rounded_factors(num_tokens):
     right = torch.nn.functional.cross_entropy(30 * torch.sigmoid(logits / 7.5), targets, reduction="sum")
     exact = torch.autograd.grad(right, logits)[0]
     grad = rounded(exact, 1 / 448, torch.float8_e5m2)
-    assert relative(loss, right.detach()) < 1e-5
+    # the hardware sums the products of the logits in less than float32
+    assert relative(loss, right.detach()) < (1e-5 if INTERPRETED else 2e-4)
     assert x_grad.dtype == torch.bfloat16 and relative(x_grad, grad @ w8) < 0.01
     assert weight_grad.dtype == torch.float32 and relative(weight_grad, grad.T @ x8) < 0.005
     plain = by_formula(x, weight, targets)

@@ -7,17 +7,20 @@ prove.py: whether the fast kernels are right on this GPU, how fast they are, and
 It (1) runs the tests of the kernels on the GPU; (2) times a microbatch and an optimizer step of the
 speedrun, and their parts, with each fast kernel and without it, in turn, and prints medians, ratios and the
 share of the rate that a large matrix product reaches here; (3) trains 60 steps at full width on the demo's
-corpus with and without each. All that it prints goes to the log too. What no longer fits in the time is left
-out, and named.
+corpus with and without each. --only takes some of the three. All that it prints goes to the log too. What no
+longer fits in the time is left out, and what fails does not keep the rest from running; both are named. The
+exit code is 1 where something failed.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +31,18 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train_gpt  # noqa: E402
+from train_gpt import counted  # noqa: E402
 
 KINDS = ("attention", "head", "newton_schulz")
 
 
 class Report:
-    """Prints to the console and into the log; knows how much time is left."""
+    """Prints to the console and into the log; knows how much time is left, and what failed."""
 
-    def __init__(self, path: Path, minutes: float):
+    def __init__(self, path: Path, seconds: float):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.end = open(path, "w", encoding="utf-8"), time.monotonic() + 60 * minutes
+        self.file, self.end = open(path, "w", encoding="utf-8"), time.monotonic() + seconds
+        self.failed = []
 
     def __call__(self, *lines: str) -> None:
         for line in lines:
@@ -46,6 +51,34 @@ class Report:
 
     def seconds_left(self) -> float:
         return self.end - time.monotonic()
+
+    def failure(self, what: str, *lines: str) -> None:
+        self.failed.append(what)
+        self(f"FAILED: {what}", *lines)
+
+    @contextlib.contextmanager
+    def telling_of(self, what: str):
+        """Whatever goes wrong with `what` is told, and not raised."""
+        try:
+            yield
+        except Exception:
+            self.failure(what, traceback.format_exc())
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def run(self, what: str, command: list, seconds: float, **changes) -> str | None:
+        """What a program prints, or None where it fails or takes longer."""
+        environ = os.environ | {name: str(value) for name, value in changes.items()}
+        try:
+            done = subprocess.run([sys.executable, *map(str, command)], text=True, cwd=ROOT, env=environ,
+                                  capture_output=True, timeout=max(seconds, 1))
+        except subprocess.TimeoutExpired as late:
+            shown = late.stdout.decode(errors="replace") if late.stdout else ""
+            return self.failure(what, f"it took more than {seconds:.0f} s", shown[-2000:])
+        if done.returncode:
+            return self.failure(what, f"exit code {done.returncode}", done.stdout[-4000:],
+                                done.stderr[-2000:])
+        return done.stdout
 
 
 def without(kinds, plain_fp8=False):
@@ -97,7 +130,8 @@ def random_batch(s, device: torch.device) -> train_gpt.Batch:
     starts = np.cumsum(np.append(0, lengths))
     starts = starts[starts < num_tokens]
     tokens = rng.integers(0, s.vocab_size, size=num_tokens + 1).astype(np.uint16)
-    return train_gpt.make_batch(tokens, starts, train_gpt.cu_seqlens_length(num_tokens, len(starts)), device)
+    length = train_gpt.cu_seqlens_length(num_tokens, len(starts))
+    return train_gpt.make_batch(tokens, starts, length, s.max_piece_tokens, device)
 
 
 def flops(model, batch, windows) -> float:
@@ -137,18 +171,28 @@ class Version:
 
         self.qkv = normal(3, tokens, s.num_heads, s.head_dim)
         self.x = normal(tokens, s.model_dim)
-        self.plans = [kernels.attention_plan(batch.cu_seqlens, tokens, window, s.torch_dtype,
-                                             min(s.max_piece_tokens, tokens)) for window in windows]
+        self.plans = [kernels.attention_plan(batch.cu_seqlens, tokens, window, s.torch_dtype, batch.longest)
+                      for window in windows]
+        self.attention, self.head_loss = kernels.attention, kernels.head_loss
+        if s.torch_compile:  # as within the model: what is plain is fused there too
+            self.attention, self.head_loss = (torch.compile(f, dynamic=False, fullgraph=True)
+                                              for f in (self.attention, self.head_loss))
+        self.starts = batch.cu_seqlens.cpu().numpy()
 
     def step(self) -> dict[str, float]:
-        """Milliseconds of a microbatch and of the optimizers' step."""
+        """Milliseconds of a microbatch with the optimizers' step: in one go, and then part by part."""
         loss, times, milli = [], {}, lambda function: milliseconds(self.device, function)
+
+        def whole():
+            self.forward(*self.batch, self.windows).backward()
+            train_gpt.optimizer_step(self.optimizers, lr_scale=0.0, momentum=0.9)
+
+        times["step"] = milli(whole)
         times["forward"] = milli(lambda: loss.append(self.forward(*self.batch, self.windows)))
         times["backward"] = milli(loss[0].backward)
         for optimizer in self.optimizers:
             times[type(optimizer).__name__] = milli(
                 lambda: train_gpt.optimizer_step([optimizer], lr_scale=0.0, momentum=0.9))
-        times["step"] = sum(times.values())
         return times
 
     def parts(self) -> dict[str, float]:
@@ -156,11 +200,11 @@ class Version:
         model, s = self.model, self.model.settings
 
         def attention(plan):
-            y = model.kernels.attention(*self.qkv.unbind(), plan, s.attn_scale)
+            y = self.attention(*self.qkv.unbind(), plan, s.attn_scale)
             torch.autograd.grad(y.float().sum(), self.qkv)
 
         def head():
-            loss = model.kernels.head_loss(self.x, model.lm_head, self.batch.targets)
+            loss = self.head_loss(self.x, model.lm_head, self.batch.targets)
             torch.autograd.grad(loss, (self.x, model.lm_head))
 
         def orthogonalize():
@@ -169,9 +213,8 @@ class Version:
                     model.kernels.orthogonalize(bank, s.torch_dtype)
 
         def batch():
-            place = self.batch.cu_seqlens.cpu().numpy()
             tokens = np.zeros(self.batch.inputs.numel() + 1, dtype=np.uint16)
-            train_gpt.make_batch(tokens, place, len(place) + 1, self.device)
+            train_gpt.make_batch(tokens, self.starts, len(self.starts), self.batch.longest, self.device)
 
         calls = {"attention, long window": lambda: attention(self.plans[0]),
                  "attention, short window": lambda: attention(self.plans[1]),
@@ -180,48 +223,50 @@ class Version:
 
 
 def measure(report: Report, s, device: torch.device, rounds: int, size: int) -> None:
-    """The table. Leaves out versions that do not fit in the time."""
+    """The table. All fast comes first, and other versions while at least half of the time is left."""
     rate, batch = matrix_rate(device, size), random_batch(s, device)
     windows = train_gpt.attention_windows(s.num_iterations, s)
     report(f"matrix product of {size} x {size} x {size} in bfloat16: {rate:.1f} TFLOP/s",
            f"microbatch: {batch.inputs.numel():,} tokens, windows {windows}")
-    versions, peaks = [], {}
+    versions, peaks, cuda = [], {}, device.type == "cuda"
     for name in VERSIONS:
-        if report.seconds_left() < 0.45 * LIMIT:
+        if versions and report.seconds_left() < LIMIT / 2:
             report(f"left out for want of time: {name}")
             continue
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        start = time.monotonic()
-        version = Version(name, s, device, batch, windows)
-        version.step(), version.parts()  # compiles
-        took = time.monotonic() - start
-        if device.type == "cuda":
-            peaks[name] = (torch.cuda.max_memory_allocated(device) - before) >> 20
-        report(f"{name}: ready after {took:.0f} s", *("  " + reason for reason in version.reasons))
-        versions.append(version)
-    times = {version.name: {} for version in versions}
-    for _ in range(rounds):
+        with report.telling_of(f"times of {name}"):
+            start, before = time.monotonic(), torch.cuda.memory_allocated() if cuda else 0
+            version = Version(name, s, device, batch, windows)
+            version.step(), version.parts()  # compiles
+            took = time.monotonic() - start
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                version.step()
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) >> 20
+            report(f"{name}: ready after {took:.0f} s", *("  " + reason for reason in version.reasons))
+            versions.append(version)
+    if not versions:
+        return
+    times, done = {version.name: {} for version in versions}, 0
+    while done < rounds and (not done or report.seconds_left() > 0.3 * LIMIT):
         for version in versions:
             for name, value in (version.step() | version.parts()).items():
                 times[version.name].setdefault(name, []).append(value)
-    work = flops(versions[0].model, batch, windows)
-    names = list(times[versions[0].name])
-    report(f"milliseconds, medians of {rounds} rounds, in turn; in brackets the median ratio to all fast",
+        done += 1
+    work, first = flops(versions[0].model, batch, windows), versions[0].name
+    names = list(times[first])
+    report(f"milliseconds, medians of {counted(done, 'round')}, in turn; in brackets the ratio to {first}",
            "| version | " + " | ".join(names) + " | TFLOP/s | share | peak MiB |",
            "| --- " * (len(names) + 4) + "|")
     for version in versions:
-        own, base = times[version.name], times[versions[0].name]
-        cells = []
+        own, cells = times[version.name], []
         for name in names:
-            ratio = statistics.median(a / b for a, b in zip(own[name], base[name]))
+            ratio = statistics.median(a / b for a, b in zip(own[name], times[first][name]))
             cells.append(f"{statistics.median(own[name]):.2f} ({ratio:.2f})")
         passes = [a + b for a, b in zip(own["forward"], own["backward"])]
         reached = work / statistics.median(passes) / 1e9
         report(f"| {version.name} | " + " | ".join(cells) +
                f" | {reached:.1f} | {reached / rate:.0%} | {peaks.get(version.name, 0):,} |")
-    report(f"a microbatch takes {work / 1e12:.2f} TFLOP, and so at that rate {work / rate / 1e9:.1f} ms")
+    report(f"forward and backward take {work / 1e12:.2f} TFLOP, at that rate {work / rate / 1e9:.1f} ms")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -244,15 +289,14 @@ def train(report: Report, small: bool) -> None:
         if report.seconds_left() < 60:
             report(f"left out for want of time: {name}")
             continue
-        done = subprocess.run([sys.executable, __file__, "--train", name], text=True, cwd=ROOT,
-                              capture_output=True, env=os.environ | {k: str(v) for k, v in changes.items()})
-        losses = [float(x) for x in re.findall(r"train_loss:(\S+)", done.stdout)]
-        last, end = re.findall(r"val_loss:(\S+) train_time:(\S+)", done.stdout), losses[-10:]
-        if done.returncode or not last:
-            report(f"{name}: failed", done.stderr[-1000:])
+        command = [__file__, "--train", name]
+        shown = report.run(f"training of {name}", command, report.seconds_left(), **changes)
+        if shown is None:
             continue
+        losses = [float(x) for x in re.findall(r"train_loss:(\S+)", shown)]
+        last, end = re.findall(r"val_loss:(\S+) train_time:(\S+)", shown)[-1], losses[-10:]
         report(f"{name}: train loss {losses[0]:.4f} at step 1, {statistics.mean(end):.4f} over the last "
-               f"{len(end)}; validation loss {last[-1][0]} after {last[-1][1]} of training")
+               f"{len(end)}; validation loss {last[0]} after {last[1]} of training")
 
 
 LIMIT = 8 * 60  # seconds
@@ -261,7 +305,9 @@ LIMIT = 8 * 60  # seconds
 def main() -> int:
     parser = argparse.ArgumentParser(description="Whether the fast kernels are right, and how fast.")
     parser.add_argument("--log", type=Path, default=Path("prove.txt"))
-    parser.add_argument("--small", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--small", action="store_true", help="tiny, on a CPU, without the tests")
+    parser.add_argument("--only", nargs="+", choices=("tests", "times", "training"),
+                        default=("tests", "times", "training"))
     parser.add_argument("--train", choices=VERSIONS, help="train_gpt.py with one version's kernels")
     args = parser.parse_args()
     if args.train:
@@ -270,25 +316,29 @@ def main() -> int:
     if not args.small and not torch.cuda.is_available():
         print("prove.py: expected a CUDA GPU, found none; --small runs it on a CPU, tiny", file=sys.stderr)
         return 1
-    device = torch.device("cpu" if args.small else "cuda")
-    report = Report(args.log, LIMIT / 60)
-    report(*train_gpt.describe_environment(device))
-    if not args.small:
-        tests = [sys.executable, "-m", "pytest", "-q", "tests/test_triton.py", "tests/gpu"]
-        done = subprocess.run(tests, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "0"}, text=True,
-                              capture_output=True)
-        report("(1) tests on the GPU:", done.stdout[-3000:])
-    s = train_gpt.Settings()
+    device, s = torch.device("cpu" if args.small else "cuda"), train_gpt.Settings()
     if args.small:
         s = replace(s, model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, bos_id=49, batch_tokens=512,
                     max_piece_tokens=40, val_slice_tokens=64, window_block=4, torch_compile=False)
-    torch._dynamo.config.recompile_limit = 64  # all versions compile the same code
-    report("(2) times")
-    measure(report, s, device, rounds=2 if args.small else 10, size=128 if args.small else 8192)
-    report("(3) training")
-    train(report, args.small)
-    report(f"log: {args.log}")
-    return 0
+    report = Report(args.log, LIMIT)
+    report(*train_gpt.describe_environment(device))
+    if "tests" in args.only and not args.small:
+        report("(1) tests on the GPU")
+        tests = ["-m", "pytest", "-q", "-rs", "tests/test_triton.py", "tests/gpu"]
+        shown = report.run("tests", tests, 0.4 * LIMIT, TRITON_INTERPRET=0)
+        if shown:
+            report(shown[-3000:])
+    if "times" in args.only:
+        report("(2) times")
+        torch._dynamo.config.recompile_limit = 64  # all versions compile the same code
+        with report.telling_of("times"):
+            measure(report, s, device, rounds=2 if args.small else 10, size=128 if args.small else 8192)
+    if "training" in args.only:
+        report("(3) training")
+        with report.telling_of("training"):
+            train(report, args.small)
+    report(f"failed: {', '.join(report.failed) or 'nothing'}", f"log: {args.log}")
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":

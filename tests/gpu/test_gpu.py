@@ -38,8 +38,8 @@ def test_attention_is_that_of_the_mask(implementation, window):
             plan = kernels["attention_plan"](starts, 1000, window, torch.bfloat16, 600)
             y = kernels["attention"](*leaves, plan, 0.12)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
-    for found, exact in zip(*results):
-        assert ((found.double() - exact).norm() / exact.norm()).item() < 0.01
+    for found, exact in zip(*results):  # a token that sees itself alone has no gradient by q and k
+        assert (found.double() - exact).norm() < 0.01 * max(exact.norm(), 0.1 * dy.norm())
 
 
 def test_every_kind_of_kernel_has_a_fast_one_on_a_recent_gpu():
@@ -50,11 +50,12 @@ def test_every_kind_of_kernel_has_a_fast_one_on_a_recent_gpu():
     assert all(a is not b for a, b in zip(kernels, plain)), reasons
 
 
-def test_the_model_compiles_to_one_graph_that_agrees_with_the_plain_one():
-    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048)
+@pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
+def test_the_model_compiles_to_one_graph_that_agrees_with_the_plain_one(fp8_head, loss_tolerance, tolerance):
+    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048, fp8_head=fp8_head)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(s.vocab_size, (2049,), generator=generator).numpy()
-    batch = train_gpt.make_batch(tokens, [0, 5, 700, 1500], 128, GPU)
+    batch = train_gpt.make_batch(tokens, [0, 5, 700, 1500], 128, 1000, GPU)
     results = []
     for device in (GPU, torch.device("cpu")):  # the kernels that are chosen there, both run on the GPU
         model = train_gpt.GPT(s, train_gpt.choose_kernels(device, s)[0])
@@ -67,5 +68,5 @@ def test_the_model_compiles_to_one_graph_that_agrees_with_the_plain_one():
         loss = forward(*batch, (384, 128))
         loss.backward()
         results.append((loss.item(), model.attn_bank.grad))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
-    assert ((results[0][1] - results[1][1]).norm() / results[1][1].norm()).item() < 0.1
+    assert results[0][0] == pytest.approx(results[1][0], rel=loss_tolerance)
+    assert ((results[0][1] - results[1][1]).norm() / results[1][1].norm()).item() < tolerance
