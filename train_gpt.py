@@ -2238,6 +2238,53 @@ def describe_model(s: Settings) -> str:
     return f"parameters: {sum(counts.values()):,} = {groups}"
 
 
+class KeptByAttention(torch.autograd.Function):
+    """Attention, so far as memory goes: FlashAttention keeps q, k, v and the result for its backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(v)
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+
+def estimate_memory(s: Settings, batch: BatchPlan) -> dict[str, int]:
+    """Bytes of a GPU's memory that a step takes, if autograd keeps all that it does without torch.compile.
+
+    A forward pass on the meta device, which has shapes and no storage, shows what is kept. The head's share
+    is that of fused_head. Validation, the optimizers' working memory and communication come on top of it.
+    """
+    num_tokens = part_tokens(batch.microbatch_tokens, s)
+    with torch.device("meta"):
+        kernels = choose_kernels(torch.device("meta"), s)[0]._replace(
+            attention_plan=varlen_plan, attention=lambda q, k, v, *_: KeptByAttention.apply(q, k, v))
+        model, inputs = GPT(s, kernels), torch.empty(num_tokens, dtype=torch.int32)
+    params, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x  # and no other storage takes its place meanwhile
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        x = model.hidden(inputs, inputs, num_tokens, attention_windows(0, s))
+    states = [x for o in make_optimizers(model, s, 0, batch.world_size) for shard in o.shards
+              for x in shard.state.values()]
+    logits = min(num_tokens, HEAD_CHUNK) * s.padded_vocab
+    return dict(
+        parameters=sum(p.nbytes for p in model.parameters()),
+        gradients=sum(p.nbytes for p in model.parameters()),
+        optimizers=sum(x.nbytes for x in states),
+        activations=sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in params),
+        head=x.nbytes + model.lm_head.numel() * (x.element_size() + 4) + 2 * x.element_size() * logits,
+    )
+
+
+def describe_memory(s: Settings, batch: BatchPlan) -> str:
+    parts = estimate_memory(s, batch)
+    sizes = " + ".join(f"{size / 1e6:,.0f} {name}" for name, size in parts.items())
+    return f"memory a rank, estimated without torch.compile: {sum(parts.values()) / 1e6:,.0f} MB = {sizes}"
+
+
 def describe_data(shards: list[TokenShard], plan: DataUse, s: Settings) -> str:
     available = sum(shard.num_tokens for shard in shards)
     return (f"data: {s.num_iterations * s.batch_tokens:,} tokens needed, {available:,} available in "
@@ -2345,36 +2392,41 @@ def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np
         return
     states = [state for o in optimizers for shard in o.shards for state in shard.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
-    before, position, stages = [x.clone() for x in tensors], loader.position, window_steps(s)
+    before = [x.to("cpu", copy=True) for x in tensors]  # where a GPU's memory is not needed for it
+    position, stages = loader.position, window_steps(s)
     random_states = random_state(loader.device)
     for i in range(max(s.warmup_steps, len(stages))):
         train_step(forward, optimizers, loader, stages[i % len(stages)], s)
         loader.seek(position)
     if s.torch_compile:
         _, batch = next(validation_batches(val_tokens, s, 0, 1, loader.device))
-        model.eval()
-        with torch.no_grad():
+        with evaluation(model, s):
             for windows in {attention_windows(i, s) for i in range(s.num_iterations + 1) if validates(i, s)}:
                 forward(*batch, windows)
-        model.train()
     set_random_state(random_states, loader.device)
     for x, kept in zip(tensors, before):
         x.copy_(kept)
-    if not all(torch.equal(x, kept) for x, kept in zip(tensors, before)):
+    if not all(torch.equal(x.cpu(), kept) for x, kept in zip(tensors, before)):
         raise RuntimeError("the warm-up did not put the state back; this is an error in train_gpt.py")
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluation(model: GPT, s: Settings):
+    """For forward passes without gradients. Raises UserError for want of memory."""
+    less = f"set a divisor of VAL_TOKENS={s.val_tokens} below {s.val_slice_tokens}"
+    model.eval()
+    with torch.no_grad(), telling_of_memory("VAL_SLICE_TOKENS", "the validation of a slice", less):
+        yield
+    model.train()
+
+
 def validate(model: GPT, forward, val_tokens: np.ndarray, s: Settings, world: World, step: int) -> float:
     """Mean loss over all validation tokens, each counted once; the same number on every rank."""
     device = model.scalars.device
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
-    model.eval()
-    less = f"set a divisor of VAL_TOKENS={s.val_tokens} below {s.val_slice_tokens}"
-    with telling_of_memory("VAL_SLICE_TOKENS", "the validation of a slice", less):
+    with evaluation(model, s):
         for number, batch in validation_batches(val_tokens, s, world.rank, world.size, device):
             losses[number] = forward(*batch, attention_windows(step, s))
-    model.train()
     if world.size > 1:  # a slice's loss is a number on one rank and zero on the others: the sum is exact
         dist.all_reduce(losses)
     return losses.double().mean().item()
@@ -2470,7 +2522,7 @@ def plan_only(s: Settings, overrides: dict[str, str], why_preset: str, dry_run: 
         print(why_preset, f"device: {device.type}, {why_device}", "settings:", sep="\n")
         print(*("  " + line for line in describe_settings(s, overrides)), sep="\n")
         print(f"overridden: {', '.join(name.upper() for name in overrides) or 'nothing'}", f"batch: {batch}",
-              describe_model(s), sep="\n", flush=True)
+              describe_model(s), describe_memory(s, batch), sep="\n", flush=True)
     ensure_demo_data(s)
     shards, _, plan = check_data(s, batch)
     resume_candidates(s)

@@ -275,6 +275,37 @@ def test_memory_that_validation_lacks_is_a_sentence_that_names_another_setting(d
                                   f"found: {message}; set a divisor of VAL_TOKENS=256 below 64.\n")
 
 
+def test_the_estimate_of_memory_counts_what_a_step_keeps(small):
+    """Held against real tensors: parameters, gradients, state, and what autograd keeps of a forward pass."""
+    s = replace(small, batch_tokens=2048, skip_attn="0,1,2,3,4,5,6,7,8,9,10,11")
+    model, batch = fresh_model(s), train_gpt.plan_batch(s, 1)
+    found, kept = train_gpt.estimate_memory(s, batch), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        model.hidden(torch.arange(256) % 50, torch.tensor([0, 256]), 256, (12, 4))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept.values()}
+    count = sum(p.numel() for p in model.parameters())
+    assert found["parameters"] == found["gradients"] == 4 * count
+    activations = sum(size for place, size in storages.items() if place not in own)
+    assert found["activations"] == pytest.approx(activations, rel=0.02)
+    matrices = model.mlp_bank.numel()
+    assert found["optimizers"] == pytest.approx(4 * matrices + 8 * (count - matrices), abs=100)
+    assert found["head"] == 4 * 256 * 32 + 8 * model.lm_head.numel() + 8 * 256 * 56
+
+
+def test_more_parts_and_more_ranks_need_less_memory():
+    def gigabytes(num_ranks, **changes):
+        s = replace(train_gpt.Settings(), **changes)
+        found = train_gpt.estimate_memory(s, train_gpt.plan_batch(s, num_ranks))
+        return {name: size / 1e9 for name, size in found.items()}
+
+    one, eight, parts = gigabytes(1), gigabytes(8), gigabytes(8, microbatch_parts=8)
+    assert one["optimizers"] == pytest.approx(8 * eight["optimizers"], rel=0.03)  # padded rows
+    assert {**one, "optimizers": 0} == {**eight, "optimizers": 0}
+    assert parts["activations"] == pytest.approx(eight["activations"] * 8192 / 49_152, rel=0.1)
+    assert one["parameters"] == pytest.approx(0.78, abs=0.01)
+
+
 def test_what_is_no_lack_of_memory_stays_what_it_is():
     with pytest.raises(RuntimeError, match="other") as error:
         with train_gpt.telling_of_memory("NAME", "it", "do something"):

@@ -275,7 +275,7 @@ def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, ru
     code, shown, said = run_main("--dry-run", **overrides(s))
     assert (code, said) == (0, "") and {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
 
-    preset, device, title, *lines, overridden, batch, parameters, tokens = shown.splitlines()
+    preset, device, title, *lines, overridden, batch, parameters, memory, tokens = shown.splitlines()
     assert preset == "preset: speedrun, as PRESET says" and device == "device: cpu, as DEVICE says"
     changed = {name.lower() for name in overrides(s)} - {"preset"}
     assert title == "settings:" and len(lines) == len(fields(Settings))
@@ -288,6 +288,7 @@ def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, ru
     model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
     counts = [f"{p.numel():,} {name}" for name, p in model.named_parameters()]
     assert groups.split(" + ") == counts and total == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert re.match(r"memory a rank, estimated .*: \d MB = \d parameters \+ \d gradients \+ ", memory)
     available = train_gpt.TokenShard(tmp_path / "train_0.bin", s).num_tokens
     assert tokens.startswith(f"data: 3,072 tokens needed, {available:,} available in 1 shard; 6 steps take ")
 
