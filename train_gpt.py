@@ -1190,6 +1190,7 @@ def optimizer_step(optimizers: list[ShardedOptimizer], **schedule: float) -> Non
 # ends, and no more than a few batches in memory.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+FINEWEB_SHARDS = 103  # for training, of 100M tokens
 
 
 class TokenShard:
@@ -1197,10 +1198,11 @@ class TokenShard:
 
     def __init__(self, path: Path, s: Settings):
         """Raises UserError, with file, expected, found and remedy, where the file is not a shard."""
-        self.path, self.settings, self.starts = path, s, None
+        self.path, self.settings, self.starts, self.sha256 = path, s, None, None
+        self.expect(path.is_file() or not path.exists(), "a file", "a pipe or the like")
         try:
             self.file = open(path, "rb")
-            size = os.fstat(self.file.fileno()).st_size
+            size, self.changed = self.look()
             head = self.file.read(SHARD_HEADER_BYTES)
         except OSError as error:
             raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; correct its "
@@ -1222,9 +1224,18 @@ class TokenShard:
         if not holds:
             raise UserError(f"{self.path}: expected {expected}, found {found}; {remedy}.")
 
+    def look(self) -> tuple[int, int]:
+        """Bytes of the file, and when it was written last, in nanoseconds."""
+        about = os.fstat(self.file.fileno())
+        return about.st_size, about.st_mtime_ns
+
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens start to end, uint16, ids checked. Raises UserError where the file no longer holds them."""
-        data = os.pread(self.file.fileno(), 2 * (end - start), SHARD_HEADER_BYTES + 2 * start)
+        first = SHARD_HEADER_BYTES + 2 * start
+        try:
+            data = os.pread(self.file.fileno(), 2 * (end - start), first)
+        except OSError as error:
+            self.expect(False, f"to read {2 * (end - start):,} bytes from byte {first:,}", error.strerror)
         self.expect(len(data) == 2 * (end - start), f"tokens {start:,} to {end:,}",
                     f"{len(data)} bytes of them: it was cut while in use")
         tokens, vocab_size = np.frombuffer(data, "<u2"), self.settings.vocab_size
@@ -1235,11 +1246,20 @@ class TokenShard:
         return tokens
 
     def index(self) -> np.ndarray:
-        """(documents + 1,) int64: each document's first token, then the shard's end. Checks every token."""
+        """(documents + 1,) int64: each document's first token, then the shard's end. Checks every token.
+
+        Raises UserError, also where the tokens are not those of which `sha256`, if given, is the hash.
+        """
         if self.starts is None:
-            chunk, bos_id = 1 << 22, self.settings.bos_id
-            starts = [first + np.flatnonzero(self.read(first, min(first + chunk, self.num_tokens)) == bos_id)
-                      for first in range(0, self.num_tokens, chunk)]
+            chunk, bos_id, starts = 1 << 22, self.settings.bos_id, []
+            digest = hashlib.sha256(os.pread(self.file.fileno(), SHARD_HEADER_BYTES, 0))
+            for first in range(0, self.num_tokens, chunk):
+                tokens = self.read(first, min(first + chunk, self.num_tokens))
+                starts.append(first + np.flatnonzero(tokens == bos_id))
+                if self.sha256:
+                    digest.update(tokens)
+            self.expect(self.sha256 in (None, digest.hexdigest()), "the bytes of its manifest.json's SHA-256",
+                        "others")
             self.starts = np.concatenate([*starts, [self.num_tokens]])
             self.expect(len(self.starts) > 1, f"documents that open with BOS_ID={bos_id}", "no such token",
                         self.OTHER_SETTINGS)
@@ -1286,17 +1306,18 @@ def check_manifest(path: Path, shards: list[TokenShard], s: Settings) -> None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         vocab_size, bos_id = int(manifest["vocab_size"]), int(manifest["bos_id"])
-        tokens = {name: int(about["tokens"]) for name, about in manifest["shards"].items()}
+        listed = {name: (int(about["tokens"]), about["sha256"]) for name, about in
+                  manifest["shards"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected a manifest of shards, found {error!r}; make the shards again, or "
                         "delete it.") from None
-    shards = [shard for shard in shards if shard.path.parent == path.parent and shard.path.name in tokens]
+    shards = [shard for shard in shards if shard.path.parent == path.parent and shard.path.name in listed]
     if shards and (vocab_size > s.vocab_size or bos_id != s.bos_id):
         raise UserError(f"{path}: expected the settings of its shards, VOCAB_SIZE={vocab_size} and BOS_ID="
                         f"{bos_id}, found VOCAB_SIZE={s.vocab_size} and BOS_ID={s.bos_id}; set them so.")
     for shard in shards:
-        listed = tokens[shard.path.name]
-        shard.expect(shard.num_tokens == listed, f"{listed:,} tokens, as {path.name} says",
+        num_tokens, shard.sha256 = listed[shard.path.name]
+        shard.expect(shard.num_tokens == num_tokens, f"{num_tokens:,} tokens, as {path.name} says",
                      f"{shard.num_tokens:,}")
 
 
@@ -1351,9 +1372,9 @@ class DataUse(NamedTuple):
 
     def __str__(self):
         read = self.tokens_used + self.tokens_dropped
-        return (f"{counted(self.steps, 'step')} take {self.tokens_used:,} tokens and drop "
-                f"{self.tokens_dropped:,} ({self.tokens_dropped / max(read, 1):.1%}), the rests of cut "
-                f"documents, in {counted(self.passes, 'pass')}")
+        used, dropped = (f"{n:,} ({n / max(read, 1):.1%})" for n in (self.tokens_used, self.tokens_dropped))
+        return (f"{counted(self.steps, 'step')} take {used} of {read:,} tokens read and drop {dropped}, the "
+                f"rests of cut documents, in {counted(self.passes, 'pass')}")
 
 
 def data_use(shards: list[TokenShard], position: tuple[int, int], batch: BatchPlan, steps: int,
@@ -1400,8 +1421,9 @@ def check_data(s: Settings, batch: BatchPlan) -> tuple[list[TokenShard], np.ndar
     if plan.steps < s.num_iterations:
         have, more = sum(x.num_tokens for x in shards), ""
         if s.train_files == Settings.train_files:
-            enough = ceil_div(len(shards) * s.num_iterations, plan.steps) if plan.steps else len(shards) + 1
-            more = f" (python data/cached_fineweb10B.py {enough})"
+            per_step = have * s.epochs / plan.steps if plan.steps else s.batch_tokens  # tokens read
+            enough = math.ceil(len(shards) * s.num_iterations * per_step / (have * s.epochs))
+            more = f" (python data/cached_fineweb10B.py {enough})" if enough <= FINEWEB_SHARDS else ""
         raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
                         f"{s.batch_tokens:,} tokens, found {have:,} tokens in "
                         f"{counted(len(shards), 'shard')}, enough for {counted(plan.steps, 'step')}; "
@@ -1547,10 +1569,12 @@ class TrainLoader:
             raise RuntimeError("more batches were asked for than the training shards hold")
         tokens = np.concatenate([self.walk.shards[p.shard].read(p.start, p.end) for p in pieces])
         starts = np.cumsum([0] + [p.end - p.start for p in pieces[:-1]])
-        if not np.array_equal(np.flatnonzero(tokens == self.bos_id), starts):
-            names = ", ".join(sorted({str(self.walk.shards[p.shard].path) for p in pieces}))
-            raise UserError(f"{names}: expected documents where they were before step 0, found others around "
-                            f"token {pieces[0].start:,}: the file was changed while in use; start again.")
+        shards = [self.walk.shards[number] for number in sorted({p.shard for p in pieces})]
+        changed = [x for x in shards if x.look() != (SHARD_HEADER_BYTES + 2 * x.num_tokens, x.changed)]
+        if changed or not np.array_equal(np.flatnonzero(tokens == self.bos_id), starts):
+            names = ", ".join(str(shard.path) for shard in changed or shards)
+            raise UserError(f"{names}: expected the file that was checked before step 0, found that it was "
+                            "written to since; start again, and leave it alone while a run reads it.")
         with torch.cuda.stream(self.stream):  # nothing on the CPU
             parts = [make_batch(*part, self.cu_seqlens_length, self.longest, self.device, self.part_tokens)
                      for part in split_batch(tokens, starts[starts < num_tokens],
@@ -1631,10 +1655,10 @@ class World(NamedTuple):
             found = ", ".join(f"{name}={environ[name]}" for name in given)
             raise UserError(f"{', '.join(names)}: expected all of them, as torchrun sets them, or none, "
                             f"found {found}.", exit_code=2)
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-        if world.size > 1 and missing:
-            raise UserError(f"{', '.join(missing)}: expected where rank 0 listens, as torchrun sets it, "
-                            f"found nothing beside WORLD_SIZE={world.size}.", exit_code=2)
+        where = dict(MASTER_ADDR=environ.get("MASTER_ADDR", ""), MASTER_PORT=environ.get("MASTER_PORT", ""))
+        if world.size > 1 and not (where["MASTER_ADDR"] and where["MASTER_PORT"].isdecimal()):
+            raise UserError(f"{', '.join(where)}: expected where rank 0 listens, as torchrun sets it, found "
+                            f"{where} beside WORLD_SIZE={world.size}.", exit_code=2)
         return world
 
 
@@ -2039,8 +2063,11 @@ class Checkpoints:
         return step
 
     def choose(self) -> Path | None:
-        """The first candidate that is whole. Raises UserError where it is another run's, or none is whole."""
-        s, damaged = self.settings, ""
+        """The first candidate that is whole and this run's; RESUME=auto passes over those of other runs.
+
+        Raises UserError where there are only others.
+        """
+        s, damaged, others = self.settings, "", ""
         mine = asdict(s) | self.hashes
         for folder in resume_candidates(s):
             try:
@@ -2055,12 +2082,17 @@ class Checkpoints:
                          for name in sorted((mine | theirs).keys() - self.FREE)
                          if mine.get(name) != theirs.get(name)]
             if differing and not s.resume_changed:
-                raise UserError(f"RESUME: expected a checkpoint of this run, found {folder} with "
-                                f"{', '.join(differing)}; undo that, name another, or set RESUME_CHANGED=1.")
+                others = others or f"{folder} with {', '.join(differing)}"
+                if s.resume == "auto":
+                    continue
+                break
             if about["step"] > s.num_iterations:
                 raise UserError(f"RESUME: expected a checkpoint of at most NUM_ITERATIONS={s.num_iterations} "
                                 f"steps, found {folder}; raise NUM_ITERATIONS, or name an earlier one.")
             return folder
+        if others:
+            raise UserError(f"RESUME: expected a checkpoint of this run, found {others}; undo that, name "
+                            "another, or set RESUME_CHANGED=1.")
         if damaged:
             raise UserError(f"RESUME: {damaged}, and no other one; name another, or start anew without.")
         if s.resume:
@@ -2326,9 +2358,10 @@ class StepReport(NamedTuple):
 
 
 def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
-               stop_signal: int = 0) -> Callable[[], StepReport]:
+               stop_signal: Callable[[], int] = int) -> Callable[[], StepReport]:
     """One optimizer step. Returns a function that waits until it is done and gives its report.
 
+    stop_signal: asked after the backward passes for the signal that this rank has received, or 0.
     That raises UserError where a loss or gradient was not finite on any rank. On the CPU, where nothing needs
     to be waited for, this is raised before the optimizers move; a GPU is not stopped to look, and the host
     finds out while the next step runs: after the weights were spoiled, but before anything of them is kept.
@@ -2344,7 +2377,7 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
     names = ["the loss", *(f"the gradient of {name}" for name in grads)]
     table = torch.zeros(batch.world_size, 1 + len(names), device=loss.device)
     row = table[loader.rank]
-    row[0], row[1], row[2:] = stop_signal, torch.stack(losses).sum(), ~largest.isfinite()
+    row[0], row[1], row[2:] = stop_signal(), torch.stack(losses).sum(), ~largest.isfinite()
     if batch.world_size > 1:
         dist.all_reduce(table)  # on a GPU it waits for this, the host does not
     fetched = fetch_later(table)
@@ -2467,7 +2500,7 @@ def train(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.n
                     log.stopped(step, stop_signal)
                     return 128 + stop_signal
                 clock.start()
-            report = train_step(forward, optimizers, loader, step, s, received.number)
+            report = train_step(forward, optimizers, loader, step, s, lambda: received.number)
             stop_signal = log.step(step + 1, report, clock)
             if loader.passes > passes:
                 passes = loader.passes
@@ -2586,6 +2619,10 @@ def data_hash(shards: list[TokenShard], val_tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def not_in_cache(address: str):
+    raise FileNotFoundError(f"{address} is not in tiktoken's cache")
+
+
 def tokenizer_of(s: Settings):
     """(text -> ids, id -> bytes) of a checkpoint's vocabulary. Raises UserError where it cannot be had."""
     if (s.vocab_size, s.bos_id) == (257, 256):
@@ -2595,11 +2632,14 @@ def tokenizer_of(s: Settings):
                         f"{s.vocab_size} ids; no tokenizer for it is known here.")
     try:
         import tiktoken  # only here; python -m pip install tiktoken
+        import tiktoken.load
 
+        tiktoken.load.read_file = not_in_cache  # which would fetch what it finds nowhere here
         gpt2 = tiktoken.get_encoding("gpt2")
-    except Exception as error:  # the package is not there, or its vocabulary, which it fetches once
+    except Exception as error:  # the package is not there, or its vocabulary
         raise UserError(f"--sample: expected tiktoken with GPT-2's vocabulary, found: {error!r}; python -m "
-                        "pip install tiktoken, and run it once with a network.") from None
+                        "pip install tiktoken, and with a network, python -c 'import tiktoken; "
+                        "tiktoken.get_encoding(\"gpt2\")'.") from None
     return gpt2.encode_ordinary, gpt2.decode_single_token_bytes
 
 

@@ -308,7 +308,14 @@ def encode_document(value: Any, where: str, tokenizer: Tokenizer) -> tuple[np.nd
     if tokenizer == BYTES:
         return byte_document(text), len(text)
     # what looks like a special token in a text is text
-    return np.array([tokenizer.bos_id, *gpt2_encoding().encode_ordinary(value)], dtype="<u2"), len(text)
+    try:
+        tokens = gpt2_encoding().encode_ordinary(value)
+    except BaseException as error:  # tiktoken's own, of no other class; its pattern gives up on a long blank
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{where}: expected a text that tiktoken can split, found: {error}; most likely one "
+                        "with hundreds of thousands of blanks in a row; shorten them.") from None
+    return np.array([tokenizer.bos_id, *tokens], dtype="<u2"), len(text)
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer, field: str) -> Encoded:

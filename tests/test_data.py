@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import time
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -147,6 +149,21 @@ def test_too_few_tokens_for_the_planned_steps_are_counted_before_step_0(data, tm
     assert "lower NUM_ITERATIONS, raise EPOCHS=1, or add" in text
     train_gpt.check_data(replace(data, num_iterations=1), train_gpt.plan_batch(data, 1))
     train_gpt.check_data(replace(data, epochs=4), train_gpt.plan_batch(data, 1))
+
+
+@pytest.mark.parametrize("documents, steps, command", [
+    (30, 7, " (python data/cached_fineweb10B.py 7)."),  # one feeds one step
+    (1, 7, " (python data/cached_fineweb10B.py 90)."),  # none, and 40 tokens for 512 a step, 7 times
+    (30, 200, ", or add shards."),  # more than there are
+])
+def test_the_command_that_fetches_what_is_missing_is_one_that_can_be_run(data, tmp_path, documents, steps,
+                                                                        command):
+    folder = tmp_path / "data" / "fineweb10B"
+    folder.mkdir(parents=True)
+    write_shard(folder / "fineweb_train_000001.bin", [BOS, *[1] * 39] * documents)
+    files = train_gpt.Settings.train_files
+    s = replace(data, train_files=files, data_path=str(tmp_path), num_iterations=steps)
+    assert complaint(s).endswith(command)
 
 
 def test_too_few_validation_tokens_are_counted_over_all_shards(data, tmp_path):
@@ -514,16 +531,40 @@ def shortened(path):
         file.truncate(train_gpt.SHARD_HEADER_BYTES + 2 * 300)
 
 
-CHANGES = {  # what is done to the first shard after step 0, and what the message must say
-    "other documents": (overwritten, "expected documents where they were before step 0, found others"),
+def other_words(path):
+    """The documents stay where they are."""
+    with open(path, "r+b") as file:
+        file.seek(train_gpt.SHARD_HEADER_BYTES + 2 * 9)
+        file.write(np.asarray([7] * 7, dtype="<u2").tobytes())
+
+
+CHANGES = {  # what is done to the first shard after step 0, and what is found where it is no longer looked at
+    "other documents": (overwritten, "written to since"),
+    "other words": (other_words, None),
     "a token beyond the vocabulary": (poisoned, "found 77 at token 300"),
     "cut": (shortened, "expected tokens 296 to 304, found 8 bytes of them"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_shard_that_is_changed_while_in_use_ends_the_run_where_it_would_be_used(corpus, change):
+def test_a_shard_that_is_changed_while_in_use_ends_the_run(corpus, change):
+    expected, found = [all_of(batch) for batch in corpus.batches()], []
+    time.sleep(0.02)  # file systems do not count time finer
+    [loader] = corpus.loaders(1)
+    loader.next_batch()
+    CHANGES[change][0](corpus.opened[0].path)
+    with pytest.raises(train_gpt.UserError) as error:
+        for _ in range(9):
+            found.append(all_of(loader.next_batch()))
+    assert found == expected[1 : 1 + len(found)], "whole batches before the change"
+    assert str(corpus.opened[0].path) in str(error.value) and "written to since" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [name for name, (_, said) in CHANGES.items() if said])
+def test_a_change_that_leaves_the_file_its_time_is_found_where_it_would_be_used(corpus, change, monkeypatch):
     spoil, said = CHANGES[change]
+    monkeypatch.setattr(train_gpt.TokenShard, "look", lambda shard: (1024 + 2 * 512, None))
+    corpus = Corpus(corpus.opened[0].path.parent, [[8] * 64, [8] * 64], microbatch_tokens=7, longest=30)
     expected = [all_of(batch) for batch in corpus.batches()]
     [loader] = corpus.loaders(1)
     loader.next_batch()
@@ -533,6 +574,22 @@ def test_a_shard_that_is_changed_while_in_use_ends_the_run_where_it_would_be_use
     with pytest.raises(train_gpt.UserError) as error:
         loader.next_batch()
     assert str(corpus.opened[0].path) in str(error.value) and said in str(error.value)
+
+
+def test_a_disk_that_cannot_read_is_a_sentence_with_file_and_place(data, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train_gpt.os, "pread", broken)
+    shard = train_gpt.TokenShard(tmp_path / "train_0.bin", data)
+    with pytest.raises(train_gpt.UserError, match=r"train_0.bin: expected to read 20 bytes from byte 1,034, "
+                                                  "found Input/output error; "):
+        shard.read(5, 15)
+
+
+def test_a_pipe_is_no_shard(data, tmp_path):
+    os.mkfifo(tmp_path / "train_1.bin")
+    assert complaint(data).startswith(f"{tmp_path / 'train_1.bin'}: expected a file, found a pipe")
 
 
 DYING = """
@@ -580,7 +637,8 @@ def test_data_are_checked_under_python_without_asserts_too(data, tmp_path):
 def manifest(folder, **changes):
     """A manifest beside the shards of the fixture `data`."""
     tokens = {path.name: (path.stat().st_size - 1024) // 2 for path in folder.glob("*.bin")}
-    shards = {name: dict(documents=1, tokens=count, sha256="") for name, count in tokens.items()}
+    shards = {name: dict(documents=1, tokens=count, sha256=sha256((folder / name).read_bytes()).hexdigest())
+              for name, count in tokens.items()}
     about = dict(format=1, tokenizer="bytes", vocab_size=50, bos_id=BOS, shards=shards) | changes
     (folder / "manifest.json").write_text(json.dumps(about))
 
@@ -614,6 +672,17 @@ def test_a_shard_of_another_length_than_its_manifest_says_is_refused(data, tmp_p
     text = complaint(data)
     assert text.startswith(f"{tmp_path / 'val_0.bin'}: expected ")
     assert "tokens, as manifest.json says, found 400;" in text
+
+
+@pytest.mark.parametrize("name", ["train_0.bin", "val_0.bin"])
+def test_a_shard_with_other_tokens_than_its_manifest_says_is_refused(data, tmp_path, name):
+    manifest(tmp_path)
+    with open(tmp_path / name, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\7\0" if (tmp_path / name).read_bytes()[-2] != 7 else b"\6\0")
+    text = complaint(data)
+    found = "expected the bytes of its manifest.json's SHA-256, found others"
+    assert text.startswith(f"{tmp_path / name}: {found}")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"shards": []}', "\udcff"])

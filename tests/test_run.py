@@ -64,7 +64,7 @@ def raced(monkeypatch, tmp_path, losses, saved=None, **changes):
 
     def train_step(forward, optimizers, loader, step, s, stop_signal):
         trained.append(step)
-        return lambda: (1.0, stop_signal)
+        return lambda: (1.0, stop_signal())
 
     def validate(model, forward, val_tokens, s, world, step):
         validated.append(step)

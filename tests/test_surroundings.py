@@ -314,9 +314,13 @@ def test_gpt2s_vocabulary_is_tiktokens(small, monkeypatch):
     gpt2 = types.SimpleNamespace(
         encode_ordinary=lambda text: [len(text)], decode_single_token_bytes=lambda token: b"%d" % token
     )
-    fake = types.SimpleNamespace(get_encoding=lambda name: gpt2 if name == "gpt2" else None)
+    load = types.SimpleNamespace(read_file=lambda address: pytest.fail("fetched"))
+    fake = types.SimpleNamespace(get_encoding=lambda name: gpt2 if name == "gpt2" else None, load=load)
     monkeypatch.setitem(sys.modules, "tiktoken", fake)
+    monkeypatch.setitem(sys.modules, "tiktoken.load", load)
     encode, decode = train_gpt.tokenizer_of(replace(small, vocab_size=50_257, bos_id=50_256))
     assert (encode("four"), decode(17)) == ([4], b"17")
+    with pytest.raises(FileNotFoundError, match="not in tiktoken's cache"):  # --sample uses no network
+        load.read_file("https://vocab")
     with pytest.raises(UserError, match="^--sample: expected a vocabulary"):
         train_gpt.tokenizer_of(replace(small, vocab_size=50_257, bos_id=0))

@@ -370,12 +370,12 @@ def test_two_runs_at_once_do_not_touch_each_other(s, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_all_after_the_step_with_a_checkpoint(s, whole, tmp_path, number):
-    """Or after the next one. Twice at once is once: torchrun passes on what a terminal sends to all."""
+    """Twice at once is once: torchrun passes on what a terminal sends to all."""
     s = replace(s, checkpoint_every=5)
     started = Started(s, tmp_path, partial(faults.signalled, number, 2, 1, 0), ranks=2)
     assert started.wait() == [128 + number] * 2, started.text()
-    assert last_line(s.log_dir) == f"stopped by {number.name} after step 3 of 6"
-    assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000003"]
+    assert last_line(s.log_dir) == f"stopped by {number.name} after step 2 of 6"
+    assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000002"]
     assert resumed(replace(s, checkpoint_last=True), tmp_path, ranks=2)[0] == 0
     assert ended_as(whole(2), s.log_dir)
 
@@ -406,13 +406,26 @@ def test_a_run_that_was_to_write_one_checkpoint_at_its_end_writes_it_when_stoppe
     s = replace(s, checkpoint_every=0, checkpoint_last=True)
     started = Started(s, tmp_path, partial(faults.signalled, signal.SIGTERM, 2, 0, None))
     assert started.wait() == [128 + signal.SIGTERM], started.text()
-    assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000003"]
+    assert [folder.name for folder in checkpoints(s.log_dir)] == ["step_000002"]
+
+
+def test_resume_auto_passes_over_the_checkpoints_of_other_runs(s, tmp_path):
+    """Two runs of one folder, both stopped: each finds its own, and a third is told of the newest."""
+    for seed in (1, 2):
+        stop = partial(faults.signalled, signal.SIGTERM, 2, 0, None)
+        started = Started(replace(s, seed=seed), tmp_path, stop)
+        assert started.wait() == [128 + signal.SIGTERM], started.text()
+    for seed in (1, 2):
+        code, text = resumed(replace(s, seed=seed), tmp_path)
+        assert code == 0 and "step_000002, step 2, after" in text
+    code, text = resumed(replace(s, seed=3), tmp_path)
+    assert code == 2 and "found " in text and "with seed 2 (here 3)" in text
 
 
 def test_a_run_without_checkpoints_stops_too(s, tmp_path):
     s = replace(s, checkpoint_every=0)
     started = Started(s, tmp_path, partial(faults.signalled, signal.SIGINT, 2, 0, None))
-    assert started.wait() == [130] and last_line(s.log_dir) == "stopped by SIGINT after step 3 of 6"
+    assert started.wait() == [130] and last_line(s.log_dir) == "stopped by SIGINT after step 2 of 6"
     assert checkpoints(s.log_dir) == []
 
 
@@ -437,7 +450,7 @@ def run_with_torchrun(s, tmp_path, *put_in):
 def test_a_signal_to_one_rank_under_torchrun_loses_nothing(s, whole, tmp_path):
     number = int(signal.SIGTERM)
     done = run_with_torchrun(s, tmp_path, partial(faults.signalled, number, 3, 1, None))
-    assert done.returncode and last_line(s.log_dir) == "stopped by SIGTERM after step 4 of 6", done.stderr
+    assert done.returncode and last_line(s.log_dir) == "stopped by SIGTERM after step 3 of 6", done.stderr
     assert resumed(s, tmp_path, ranks=2)[0] == 0 and ended_as(whole(2), s.log_dir)
 
 

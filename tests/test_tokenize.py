@@ -248,6 +248,20 @@ def test_a_network_that_answers_nothing_is_not_waited_for_for_ever(monkeypatch):
     forever.set()
 
 
+def test_a_text_that_tiktoken_gives_up_on_is_a_sentence(monkeypatch):
+    """It does on a million blanks, with an exception that is no Exception."""
+    class PanicException(BaseException):
+        pass
+
+    class Encoding:
+        def encode_ordinary(self, text):
+            raise PanicException("StackOverflow")
+
+    monkeypatch.setattr(tokenize_text, "gpt2_encoding", Encoding)
+    with pytest.raises(shards.DataError, match="^blanks.txt: expected a text that tiktoken can split"):
+        tokenize_text.encode_document(" " * 9, "blanks.txt", shards.GPT2)
+
+
 def test_without_tiktoken_auto_takes_bytes_and_gpt2_says_how_to_install_it(tmp_path):
     none = "package tiktoken, found none"
     text = check_that_auto_takes_bytes(tmp_path, lacking(tmp_path, "tiktoken"), none)
