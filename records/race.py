@@ -344,7 +344,8 @@ def parse_arguments(argv) -> argparse.Namespace:
 def main(argv=None, command=("bash", "run.sh")) -> int:
     """Returns the exit code. `command` starts a run in a folder that is a checkout of its version."""
     args = parse_arguments(argv)
-    for sign in (signal.SIGINT, signal.SIGTERM):  # also where the shell has a background job ignore the first
+    # a closed terminal too; and also where the shell has a background job ignore the first
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, signal.default_int_handler)
     out = out_folder(args)
     try:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats a token, where a log names no target: the published speedrun's
 MARGIN = 0.005  # nats a token: a loss whose interval ends below this difference is "no worse"
-NOT_COUNTED = {"seed", "log_dir", "data_path",  # settings in which the runs of a group may differ
+NOT_COUNTED = {"seed", "log_dir", "data_path", "nproc",  # settings in which the runs of a group may differ
                "checkpoint_every", "checkpoint_last", "checkpoint_keep"}  # written while the clock stands
 BEGIN, END = "<!-- from here: written by report.py --leaderboard -->", "<!-- to here -->"
 
@@ -77,6 +77,7 @@ class Run:
     peak: int = 0  # MiB, of the first rank's GPU; 0 on a CPU
     target: float | None = TARGET  # None where the log's is 0, which no run reaches
     hardware: str = ""
+    sha256: str = ""  # of the whole log
 
     @property
     def last(self) -> Point:
@@ -114,7 +115,8 @@ def read_log(path) -> Run:
         return ReportError(f"{path}: {what}")
 
     try:
-        text = path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
+        text = data.decode("utf-8")
     except FileNotFoundError:
         raise bad("missing") from None
     except OSError as error:
@@ -136,7 +138,8 @@ def read_log(path) -> Run:
         steps = [m[1] for m in map(STEP.fullmatch, lines[start:]) if m]
         raise bad(f"cut: it ends {'at step ' + steps[-1] if steps else 'before step 0'}, "
                   "without the final line on memory")
-    run = Run(path, "\n".join(lines[:rules[0]]) if rules else "", peak=int(peaks[0][1]))
+    run = Run(path, "\n".join(lines[:rules[0]]) if rules else "", peak=int(peaks[0][1]),
+              sha256=hashlib.sha256(data).hexdigest())
     final = None
     for number, line in enumerate(lines[start:], start + 1):
         if line.startswith("step:"):
@@ -183,13 +186,26 @@ def read_settings(lines: list[str], bad) -> tuple[dict[str, str], set[str]]:
 
 
 def check_end(run: Run, final: dict | None, bad) -> None:
-    """Compare the end of the run with what its settings and its last line say, and note its target."""
+    """Compare the run with what its settings and its last line say, and note its target."""
+    planned, every = (int(run.settings.get(name, "0")) for name in ("num_iterations", "val_loss_every"))
+    if planned and planned != run.num_steps:
+        raise bad(f"damaged: its settings say {planned} steps, its lines {run.num_steps}")
+    validated = {p.step for p in run.validations}
+    skipped = [step for step in range(0, run.last.step, every) if step not in validated] if every else []
+    if skipped:
+        raise bad(f"damaged: the validation at step {skipped[0]} is not there")
     if final is None and (run.settings or run.last.step != run.num_steps):
         raise bad(f"cut: it ends at step {run.last.step} of {run.num_steps} without a final line")
     if final is None:
         return
+    steps = max(run.last.step, 1)
+    if abs(run.step_avg - run.last.ms / steps) > 0.006 + 0.5 / steps:  # both are rounded
+        raise bad(f"damaged: {run.last.ms:.0f} ms for {steps} steps do not make an average of "
+                  f"{run.step_avg:.2f} ms")
     try:
         same = (float(final["val_loss"]) == run.last.val_loss and int(final["final_step"]) == run.last.step
+                and final["train_time"] == f"{run.last.ms:.0f}ms"
+                and final["step_avg"] == f"{run.step_avg:.2f}ms"
                 and float(final["target_loss"]) == float(run.settings.get("target_loss", "nan"))
                 and (run.last.val_loss <= float(final["target_loss"])) == (final["target_reached"] == "1"))
     except (KeyError, ValueError):
@@ -259,6 +275,7 @@ def load(paths, mixed: bool = False) -> list[Group]:
             except ReportError as error:
                 group.left_out.append(str(error))
         groups.append(group)
+        refuse_twins(group)
         if not mixed:
             refuse_mixture(group)
     if missing and not groups:
@@ -280,8 +297,36 @@ def race_folders(path: Path) -> dict[str, list[Path]]:
     rounds = sorted({log.name for label in labels for log in found.get(label, ())})
     if not rounds:
         return found
+    numbers = [int(m[1]) for m in (re.fullmatch(r"round-(\d+)\.txt", name) for name in rounds) if m]
+    rounds = sorted({*rounds, *(f"round-{n:02}.txt" for n in range(1, max(numbers, default=0) + 1))})
     return {label: [path / label / name for name in rounds] for label in labels} | {
         name: logs for name, logs in found.items() if name not in labels}
+
+
+def refuse_twins(group: Group) -> None:
+    """No run counts twice."""
+    seen = {}
+    for run in group.runs:
+        twin = seen.setdefault(run.sha256, run)
+        if twin is not run:
+            raise ReportError(f"report.py: {twin.path} and {run.path} are the same run: name it once.")
+
+
+def check_race(path: Path, groups: list[Group]) -> None:
+    """Hold a race's logs against its race.json. Raises ReportError where a log or a version is another."""
+    race = json.loads((path / "race.json").read_text(encoding="utf-8"))
+    versions = {version["label"]: version for version in race["versions"]}
+    for group in groups:
+        version = versions.get(group.label)
+        for run in group.runs:
+            if version is None:
+                raise ReportError(f"{run.path}: {path / 'race.json'} knows no version {group.label}.")
+            source = version.get("sha256") in (None, hashlib.sha256(run.source.encode()).hexdigest())
+            names = [name for name, value in version.get("settings", {}).items()
+                     if name not in NOT_COUNTED and run.settings.get(name) != value]
+            if names or not source:
+                raise ReportError(f"{run.path}: not the version that {path / 'race.json'} says: other "
+                                  + (", ".join(names) or "source") + ".")
 
 
 def refuse_mixture(group: Group) -> None:
@@ -373,6 +418,8 @@ def compare(new: Group, old: Group) -> dict[str, Difference]:
 
 def direction(d: Difference, below: str, above: str) -> str | None:
     """The word that the interval bears, or None where it contains zero."""
+    if d.half is None and not d.exact:
+        return None
     half = d.half or 0.0
     return below if d.mean + half < 0 else above if d.mean - half > 0 else None
 
@@ -382,7 +429,9 @@ def clause(d: Difference, what: str, below: str, above: str, digits: int, unit: 
     word = direction(d, below, above)
     size = f"{abs(d.mean):.{digits}f}{unit}"
     if d.half is None:
-        why = "with no spread in the runs" if d.exact else "too few runs to judge"
+        if not d.exact:
+            return f"too few runs to judge {what} ({d.mean:+.{digits}f}{unit})"
+        why = "with no spread in the runs"
         return f"{what} the same, {why}" if word is None else f"{word} by {size}, {why}"
     if word:
         return f"{word} by {abs(d.mean):.{digits}f} ± {d.half:.{digits}f}{unit}"
@@ -483,6 +532,9 @@ def describe_difference(new: Group, old: Group, margin: float, target: float | N
     if goal is not None:
         lines.append(f"  target {goal:g}: reached by {reached_steps(new, goal)}, against "
                      f"{reached_steps(old, goal)}")
+    places = {hardware_of(new), hardware_of(old)}
+    if len(places) > 1:
+        lines.append(f"  their times do not compare: {hardware_of(new)} against {hardware_of(old)}")
     if len({run.last.step for g in (new, old) for run in g.runs}) > 1:
         lines.append("  the runs ended at different steps: their losses are those of different steps")
     return [*lines, f"  verdict: {verdict(found, margin)}"]
@@ -520,10 +572,12 @@ def draw(groups: list[Group], path: str, target: float | None) -> None:
             axis.axhline(goal, color="black", ls="--", lw=1, label=f"target {goal:g}")
         axis.set_xlabel(what)
         axis.grid(alpha=0.25)
-    shown = [p.val_loss for group in groups for run in group.runs for p in run.validations
-             if p.step >= 0.08 * run.num_steps] + goals
+    # without the fall of the first steps; where hardly anything was validated, training losses count too
+    shown = [p.val_loss or p.train_loss for group in groups for run in group.runs for p in run.points
+             if p.step >= 0.08 * run.num_steps and (p.val_loss or p.train_loss and len(run.validations) < 4)]
+    shown += goals
     room = 0.05 * (max(shown) - min(shown)) or 0.1
-    axes[0].set_ylim(min(shown) - room, max(shown) + room)  # without the fall of the first steps
+    axes[0].set_ylim(min(shown) - room, max(shown) + room)
     axes[0].set_ylabel("loss, nats a token")
     axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -544,10 +598,11 @@ def leaderboard(folder: Path, margin: float) -> dict[Path, str]:
         text = page.read_text(encoding="utf-8")
         what = re.search(r"^What: (.+)$", text, re.MULTILINE) or re.search(r"^# (.+)$", text, re.MULTILINE)
         groups = load([record])
-        bad = [x for group in groups for x in group.left_out if not x.endswith(": missing")]
+        bad = [x for group in groups for x in group.left_out]
         if bad or not any(group.runs for group in groups) or not what:
             raise ReportError(bad[0] if bad else f"{record}: expected logs and a README with a heading.")
-        groups = [group for group in groups if group.runs]
+        if (record / "race.json").is_file():
+            check_race(record, groups)
         if BEGIN in text:
             pages[page] = between_markers(page, text, record_table(groups, margin))
         for group in groups:

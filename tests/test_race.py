@@ -64,7 +64,7 @@ class Race:
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield Race(tmp_path, monkeypatch)
     for sign, handler in before.items():
         signal.signal(sign, handler)
@@ -111,7 +111,7 @@ def test_a_log_that_is_not_whole_stops_the_race(stand_in, capsys):
     assert "a ended without a whole log: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_the_run_and_counts_no_half_log(stand_in, sign):
     stand_in.calls.write_text("")
     code = (

@@ -1,6 +1,8 @@
 """report.py: logs good, cut, damaged and foreign; groups that must not mix; statistics; tables and files."""
 
 import csv
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -120,6 +122,12 @@ HURT = {
     "in a run of 4 steps": GOOD.replace("step:3/4 ", "step:3/9 "),
     "its final line does not fit": GOOD.replace("target_reached:1", "target_reached:0"),
     "final line does not fit": GOOD.replace("1.6000 final_step", "1.5000 final_step"),
+    "final line does not fit its settings and its": GOOD.replace("train_time:400ms step_avg:100.00ms\npeak",
+                                                                 "train_time:399ms step_avg:100.00ms\npeak"),
+    "900 ms for 4 steps do not make an average of 100.00 ms": GOOD.replace("time:400ms", "time:900ms"),
+    "the validation at step 2 is not there": re.sub("\nstep:2/4 val.*", "", GOOD).replace(
+        "seed: 0", "val_loss_every: 2\nseed: 0"),
+    "its settings say 9 steps, its lines 4": GOOD.replace("num_iterations: 4", "num_iterations: 9"),
     "does not fit its settings": GOOD.replace("target_loss: 1.7", "target_loss: 1.8"),
     "among the settings": GOOD.replace("seed: 0", "seed 0"),
     "the lines of one run": GOOD + "peak memory allocated: 7 MiB reserved: 9 MiB\n",
@@ -140,8 +148,8 @@ def test_a_hurt_log_is_named_with_what_ails_it(tmp_path, what):
 def test_logs_that_do_not_read_are_named_and_left_out_and_the_rest_counts(tmp_path, capsys):
     folder = write(tmp_path, our_log(), our_log()[:-60], our_log((5, 3, 1.5)))
     (folder / "3.txt").write_bytes(b"\xff\xfe")
-    code, out, err = run(capsys, folder, folder / "none.txt", tmp_path / "0.txt")
-    assert code == 0 and not err and "n 3; loss 1.5667" in out
+    code, out, err = run(capsys, folder, folder / "none.txt")
+    assert code == 0 and not err and "n 2; loss 1.5500" in out
     assert "1.txt: cut" in out and "3.txt: damaged" in out and f"{folder / 'none.txt'}: missing" in out
     (tmp_path / "empty").mkdir()
     code, out, err = run(capsys, tmp_path / "empty")
@@ -238,7 +246,7 @@ def test_no_p_without_spread_or_target():
         (
             (-1, None),
             (-0.03, 0.001),
-            "faster by 1.00 s, too few runs to judge; loss better by 0.0300 ± 0.0010",
+            "too few runs to judge time (-1.00 s); loss better by 0.0300 ± 0.0010",
         ),
         (
             (-1, 0.5),
@@ -372,6 +380,47 @@ def test_a_record_with_a_damaged_log_fails(records, capsys):
     shutil.rmtree(records / "2026-01-02_One")
     write(records, "no markers", names=["README.md"])
     assert "expected the lines" in run(capsys, "--leaderboard", records)[2]
+
+
+def test_a_round_that_was_taken_away_fails(records, capsys):
+    """Of all versions, or of one; all runs count."""
+    race = records / "2026-02-03_Two"
+    (race / "base/round-01.txt").unlink()
+    code, _, err = run(capsys, "--leaderboard", records)
+    assert code == 1 and err == f"{race / 'base/round-01.txt'}: missing\n"
+    (race / "wide/round-01.txt").unlink()
+    assert "round-01.txt: missing" in run(capsys, "--leaderboard", records)[2]
+
+
+@pytest.mark.parametrize("version, said", [
+    (dict(settings=dict(num_iterations="4")), None),
+    (dict(sha256=hashlib.sha256(b"print(1)\n").hexdigest(), settings=dict(seed="7")), None),
+    (dict(settings=dict(num_iterations="5")), "says: other num_iterations.\n"),
+    (dict(sha256="0" * 64), "says: other source.\n"),
+    (dict(label="wide"), "knows no version base.\n"),
+])
+def test_logs_that_are_not_those_of_the_races_versions_fail(records, capsys, version, said):
+    race = records / "2026-02-03_Two" / "race.json"
+    race.write_text(json.dumps(dict(versions=[dict(label="base") | version, dict(label="wide")])))
+    code, _, err = run(capsys, "--leaderboard", records)
+    assert (code, err) == (0, "") if said is None else code == 1 and err.endswith(said)
+
+
+def test_no_run_counts_twice(tmp_path, capsys):
+    folder = write(tmp_path / "runs", our_log(), our_log((5, 3, 1.5)))
+    twice = f"report.py: {folder / '0.txt'} and {folder / '0.txt'} are the same run: name it once.\n"
+    assert run(capsys, folder / "0.txt", folder / "0.txt") == (1, "", twice)
+    shutil.copy(folder / "0.txt", folder / "2.txt")
+    assert run(capsys, folder, "--mixed") == (1, "", twice.replace("and " + str(folder / "0"), "and " +
+                                                                   str(folder / "2")))
+
+
+def test_runs_of_other_hardware_are_compared_with_a_warning(tmp_path, capsys):
+    old = write(tmp_path / "old", our_log(), our_log((5, 3, 1.5)))
+    new = write(tmp_path / "new", *(our_log(losses).replace("2 threads", "1 threads")
+                                    for losses in ((5, 3, 1.6), (5, 3, 1.5))))
+    line = "their times do not compare: 2 CPUs, 1 threads against 2 CPUs, 2 threads"
+    assert line in run(capsys, new, "--vs", old)[1] and line not in run(capsys, old, "--vs", old)[1]
 
 
 def test_the_tables_of_this_repository_are_what_their_logs_give():
