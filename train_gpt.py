@@ -259,12 +259,13 @@ def near_miss(name: str, known: set[str]) -> str | None:
     """The setting that an environment name was probably meant to be.
 
     Too many words look like names under 6 letters (SEED), so these are found only in another case, or where
-    a last S is missing.
+    a last S is missing. A beginning of several words (NUM_ITER) is found too.
     """
     if name in known or name.upper() in known:
         return None if name in known else name.upper()
+    begun = sorted(k for k in known if "_" in name[:-1] and k.startswith(name.upper()))
     likely = [k for k in known if len(k) >= 6 or name.upper() == k + "S"]
-    return next(iter(difflib.get_close_matches(name.upper(), likely, n=1, cutoff=0.87)), None)
+    return next(iter([*difflib.get_close_matches(name.upper(), likely, n=1, cutoff=0.87), *begun]), None)
 
 
 def resolve_settings(environ, preset: str) -> tuple[Settings, dict[str, str]]:

@@ -73,6 +73,9 @@ class Bench:
         kept = np.minimum(np.diff(self.shards[shard].index()), self.s.max_piece_tokens)
         tokens_left = kept[::-1].cumsum()[::-1]
         enough = STEPS_AROUND_END * (self.batch.microbatch_tokens + 1)
+        if tokens_left[0] < enough:
+            raise train_gpt.UserError(f"{self.shards[shard].path}: expected documents for {enough:,} "
+                                      f"tokens of batches, found {tokens_left[0]:,}; take larger shards.")
         return shard, int(np.searchsorted(-tokens_left, -enough, side="right")) - 1
 
     def waits(self, loader: train_gpt.TrainLoader, step_seconds: float) -> list[float]:
@@ -96,6 +99,9 @@ def milliseconds(seconds: list[float]) -> str:
 
 
 def run(paths: list[Path], step_ms: float, rounds: int, s: train_gpt.Settings) -> None:
+    if len(paths) < 2:
+        raise train_gpt.UserError("shards: expected at least 2, so that one ends before another begins, "
+                                  f"found {len(paths)}; take more.")
     baseline = resident_bytes()
     start = time.perf_counter()
     bench = Bench([train_gpt.TokenShard(paths[0], s)], s)

@@ -696,6 +696,16 @@ def test_a_damaged_manifest_is_one_sentence(data, tmp_path, text):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arguments, said", [
+    (("--shards", 1), "shards: expected at least 2, "),
+    (("--shard-tokens", 500_000), "expected documents for 983,060 tokens of batches, found "),
+])
+def test_the_benchmark_says_what_is_too_little_for_it(arguments, said):
+    done = launch(*arguments, "--shard-tokens", 500_000, script=ROOT / "data" / "bench_loader.py")
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_the_benchmark_crosses_three_shard_ends_and_prints_its_figures():
     arguments = ("--shard-tokens", 2_000_000, "--step-ms", 1, "--rounds", 1)
     done = launch(*arguments, script=ROOT / "data" / "bench_loader.py")

@@ -147,6 +147,8 @@ def test_all_problems_are_reported_at_once():
         ("seed", "SEED"),
         ("NPROCS", "NPROC"),
         ("PRESETS", "PRESET"),
+        ("NUM_ITER", "NUM_ITERATIONS"),
+        ("VAL_LOSS_", "VAL_LOSS_EVERY"),
     ],
 )
 def test_a_name_that_is_nearly_a_setting_is_refused(name, meant):
