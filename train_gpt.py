@@ -1199,12 +1199,13 @@ class TokenShard:
 
     def __init__(self, path: Path, s: Settings):
         """Raises UserError, with file, expected, found and remedy, where the file is not a shard."""
-        self.path, self.settings, self.starts, self.sha256 = path, s, None, None
+        self.path, self.settings = path, s
+        self.starts, self.sha256 = None, None  # of documents, once they are known; what a manifest says
         self.expect(path.is_file() or not path.exists(), "a file", "a pipe or the like")
         try:
             self.file = open(path, "rb")
             size, self.changed = self.look()
-            head = self.file.read(SHARD_HEADER_BYTES)
+            self.head = head = self.file.read(SHARD_HEADER_BYTES)
         except OSError as error:
             raise UserError(f"{path}: expected a readable token shard, found: {error.strerror}; correct its "
                             "permissions, or delete it and make it again.") from None
@@ -1253,7 +1254,7 @@ class TokenShard:
         """
         if self.starts is None:
             chunk, bos_id, starts = 1 << 22, self.settings.bos_id, []
-            digest = hashlib.sha256(os.pread(self.file.fileno(), SHARD_HEADER_BYTES, 0))
+            digest = hashlib.sha256(self.head)
             for first in range(0, self.num_tokens, chunk):
                 tokens = self.read(first, min(first + chunk, self.num_tokens))
                 starts.append(first + np.flatnonzero(tokens == bos_id))
@@ -2362,10 +2363,10 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
                stop_signal: Callable[[], int] = int) -> Callable[[], StepReport]:
     """One optimizer step. Returns a function that waits until it is done and gives its report.
 
-    stop_signal: asked after the backward passes for the signal that this rank has received, or 0.
     That raises UserError where a loss or gradient was not finite on any rank. On the CPU, where nothing needs
     to be waited for, this is raised before the optimizers move; a GPU is not stopped to look, and the host
     finds out while the next step runs: after the weights were spoiled, but before anything of them is kept.
+    stop_signal is asked after the backward passes for the signal that this rank has received; 0 for none.
     """
     batch, losses = loader.batch, []
     for _ in range(batch.per_rank * s.microbatch_parts):
@@ -2416,20 +2417,21 @@ def validates(step: int, s: Settings) -> bool:
 
 
 def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np.ndarray,
-            s: Settings) -> None:
+            s: Settings) -> int:
     """Untimed steps at every window size, on real batches; then parameters, state and loader are put back.
 
+    Returns how many there were.
     So that nothing is left to compile, it evaluates at every window size of the validations too.
     Raises RuntimeError if anything is not bit for bit what it was.
     """
     if not s.warmup_steps:
-        return
+        return 0
     states = [state for o in optimizers for shard in o.shards for state in shard.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # where a GPU's memory is not needed for it
     position, stages = loader.position, window_steps(s)
-    random_states = random_state(loader.device)
-    for i in range(max(s.warmup_steps, len(stages))):
+    random_states, num_steps = random_state(loader.device), max(s.warmup_steps, len(stages))
+    for i in range(num_steps):
         train_step(forward, optimizers, loader, stages[i % len(stages)], s)
         loader.seek(position)
     if s.torch_compile:
@@ -2442,6 +2444,7 @@ def warm_up(model: GPT, forward, optimizers, loader: TrainLoader, val_tokens: np
         x.copy_(kept)
     if not all(torch.equal(x.cpu(), kept) for x, kept in zip(tensors, before)):
         raise RuntimeError("the warm-up did not put the state back; this is an error in train_gpt.py")
+    return num_steps
 
 
 @contextlib.contextmanager
@@ -2601,8 +2604,8 @@ def run(s: Settings, overrides: dict[str, str], why_preset: str, world: World) -
         checkpoints = Checkpoints(s, world, model, optimizers, loader, clock, log, hashes)
         first_step = checkpoints.resume()
         forward = compiled(model, s) if s.torch_compile else model
-        warm_up(model, forward, optimizers, loader, val_tokens, s)
-        log.write(f"ready after {time.monotonic() - start:.1f} s, with {counted(s.warmup_steps, 'step')} of "
+        num_steps = warm_up(model, forward, optimizers, loader, val_tokens, s)
+        log.write(f"ready after {time.monotonic() - start:.1f} s, with {counted(num_steps, 'step')} of "
                   f"warm-up and {counted(graphs_compiled(s), 'graph')} compiled")
         code = train(model, forward, optimizers, loader, val_tokens, s, world, log, clock, checkpoints,
                      first_step)

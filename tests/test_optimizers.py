@@ -282,7 +282,7 @@ def test_a_train_step_sums_gradients_over_microbatches_and_reports_the_mean_loss
         found["rates"] = lr_scale, momentum
 
     monkeypatch.setattr(train_gpt, "optimizer_step", keep)
-    report = train_gpt.train_step(model, optimizers, loader, 1, small, stop_signal=15)
+    report = train_gpt.train_step(model, optimizers, loader, 1, small, stop_signal=lambda: 15)
     assert found.pop("rates") == (1.0, pytest.approx(0.85 + 0.1 / 300))
     assert report() == (pytest.approx(sum(losses) / 512, rel=1e-5), 15)
     for name in expected:
