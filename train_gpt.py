@@ -500,7 +500,7 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
                    for x in matrices)
 
     attention = [("FlashAttention 3", lambda: varlen_kernels("FA3"), attention_error, 0.03),
-                 ("FlashAttention 4", lambda: varlen_kernels("FA4"), attention_error, 0.03),
+                 ("FlashAttention 4", flash_attention_4_kernels, attention_error, 0.03),
                  ("FlashAttention of PyTorch", varlen_kernels, attention_error, 0.03)]
     head = [("products in float8, loss fused", lambda: fused_head(s, fp8=True), head_error, 0.15),
             ("products in the activations' dtype, loss fused", lambda: fused_head(s, fp8=False), head_error,
@@ -835,14 +835,14 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float
 
 
 def varlen_plan(cu_seqlens: Tensor, num_tokens: int, window: int, dtype: torch.dtype, longest: int):
-    """What varlen_kernels' attention needs: piece starts, an upper bound of their lengths, the window."""
+    """What FlashAttention needs: piece starts, an upper bound of the pieces' lengths, the window."""
     return cu_seqlens, longest, window
 
 
 def varlen_kernels(implementation: str | None = None) -> dict[str, Callable]:
     """Attention by torch.nn.attention.varlen, which computes what banded_attention does, on recent GPUs.
 
-    PyTorch carries FlashAttention 2 (Dao, 2023) for it; `implementation` is "FA3" or "FA4", if installed.
+    PyTorch carries FlashAttention 2 (Dao, 2023) for it; `implementation` is "FA3", if that is installed.
     Its window counts the keys before the query's own, as ours does. Raises what PyTorch raises.
     """
     from torch.nn import attention as registry
@@ -859,6 +859,70 @@ def varlen_kernels(implementation: str | None = None) -> dict[str, Callable]:
                            window_size=(window, 0))
 
     return dict(attention_plan=varlen_plan, attention=varlen_attention)
+
+
+# FlashAttention 4 is called without PyTorch's registry, which in 2.11 knows no windows for it, and in 2.13
+# expects two results of a function that now has five.
+
+
+def flash_attention_4_arguments(cu_seqlens: Tensor, longest: int, window: int, scale: float) -> dict:
+    return dict(softmax_scale=scale, window_size_left=window, window_size_right=0, cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest)
+
+
+@torch.library.custom_op("train_gpt::flash_attention_4", mutates_args=())
+def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int,
+                      scale: float) -> tuple[Tensor, Tensor]:
+    """What banded_attention gives, (T, H, K), and the logarithms of softmax's sums, (H, T) float32."""
+    from flash_attn.cute.interface import _flash_attn_fwd  # python -m pip install --pre flash-attn-4
+
+    arguments = flash_attention_4_arguments(cu_seqlens, longest, window, scale)
+    return _flash_attn_fwd(q, k, v, return_lse=True, **arguments)[:2]
+
+
+@torch.library.custom_op("train_gpt::flash_attention_4_backward", mutates_args=())
+def flash_attention_4_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+                               cu_seqlens: Tensor, longest: int, window: int,
+                               scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by q, k and v, from what the forward pass was given and gave."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    arguments = flash_attention_4_arguments(cu_seqlens, longest, window, scale)
+    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    arguments |= dict(zip(("dq", "dk", "dv"), grads))
+    return _flash_attn_bwd(q, k, v, y, grad, lse, **arguments)[:3]
+
+
+@flash_attention_4.register_fake
+def _(q, k, v, cu_seqlens, longest, window, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        q.size(1), q.size(0), dtype=torch.float32)
+
+
+@flash_attention_4_backward.register_fake
+def _(grad, q, k, v, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def keep_attention(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.sizes = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.set_materialize_grads(False)  # of the logarithms, which nothing else uses
+
+
+def attention_gradients(ctx, grad, _):
+    return *flash_attention_4_backward(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None
+
+
+flash_attention_4.register_autograd(attention_gradients, setup_context=keep_attention)
+
+
+def flash_attention_4_kernels() -> dict[str, Callable]:
+    """Attention by FlashAttention 4, if that is installed, on Hopper GPUs and those after them."""
+    def attention(q: Tensor, k: Tensor, v: Tensor, plan, scale: float) -> Tensor:
+        return flash_attention_4(q, k, v, *plan, scale)[0]
+
+    return dict(attention_plan=varlen_plan, attention=attention)
 
 
 # ----------------------------------------------------------------------------------------------------

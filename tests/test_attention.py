@@ -1,7 +1,12 @@
-"""Banded attention against a full T x T mask in float64."""
+"""Banded attention, and the operators around FlashAttention 4, against a full T x T mask in float64."""
+
+import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT, environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +16,8 @@ SCALE = 0.12
 HEADS, CHANNELS = 2, 4
 
 
-def full_attention(q, k, v, starts, window, scale):
-    """Softmax attention in q's dtype: query i sees key j where 0 <= i - j <= window, in one document."""
+def attention_weights(q, k, starts, window, scale):
+    """(H, T, T), in q's dtype: query i sees key j where 0 <= i - j <= window, in one document."""
     num_tokens = len(q)
     document = [max(number for number, start in enumerate(starts) if start <= t) for t in range(num_tokens)]
     seen = torch.tensor(
@@ -21,11 +26,12 @@ def full_attention(q, k, v, starts, window, scale):
             for i in range(num_tokens)
         ]
     )
-    heads = []
-    for h in range(q.size(1)):
-        scores = scale * q[:, h] @ k[:, h].T
-        heads.append(torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=1) @ v[:, h])
-    return torch.stack(heads, dim=1)
+    scores = scale * torch.einsum("ihk,jhk->hij", q, k)
+    return torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=2)
+
+
+def full_attention(q, k, v, starts, window, scale):
+    return torch.einsum("hij,jhk->ihk", attention_weights(q, k, starts, window, scale), v)
 
 
 def random_qkv(num_tokens, seed=0):
@@ -148,3 +154,88 @@ def test_the_plan_holds_two_windows_of_keys_for_each_query_and_not_the_whole_seq
     cu_seqlens = torch.tensor([0, 100], dtype=torch.int32)
     assert train_gpt.banded_plan(cu_seqlens, 100, 8, torch.float32).shape == (13, 1, 8, 16)
     assert train_gpt.banded_plan(cu_seqlens, 100, 300, torch.float32).shape == (1, 1, 100, 100)
+
+
+# ---------------------------------------------------------------------------------------------------
+# FlashAttention 4: its package needs a GPU, so a stand-in with its signatures takes its place
+
+
+@pytest.fixture
+def flash_attention_4(monkeypatch):
+    """The kernels. The package's functions compute by the full mask, the second from what the first gave."""
+    given = []
+
+    def weights(q, k, softmax_scale, window_size_left, window_size_right, cu_seqlens_q, cu_seqlens_k,
+                max_seqlen_q, max_seqlen_k):
+        lengths = cu_seqlens_q.diff()
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+        assert window_size_right == 0 and max_seqlen_q == max_seqlen_k >= lengths.max() and q.stride(-1) == 1
+        return attention_weights(q, k, cu_seqlens_q[:-1][lengths > 0], window_size_left, softmax_scale)
+
+    def forward(q, k, v, *, return_lse, **arguments):
+        assert return_lse
+        y = torch.einsum("hij,jhk->ihk", weights(q, k, **arguments), v)
+        given[:] = y.clone(), torch.rand(q.size(1), len(q))
+        return y.contiguous(), given[1].clone(), None, None, None
+
+    def backward(q, k, v, y, grad, lse, *, dq, dk, dv, **arguments):
+        assert torch.equal(y, given[0]) and torch.equal(lse, given[1])
+        p = weights(q, k, **arguments)
+        grad_p = p * (torch.einsum("ihk,jhk->hij", grad, v) - (grad * y).sum(2).T[:, :, None])
+        dq.copy_(arguments["softmax_scale"] * torch.einsum("hij,jhk->ihk", grad_p, k))
+        dk.copy_(arguments["softmax_scale"] * torch.einsum("hij,ihk->jhk", grad_p, q))
+        dv.copy_(torch.einsum("hij,ihk->jhk", p, grad))
+        return dq, dk, dv
+
+    package = ModuleType("flash_attn.cute.interface")
+    package._flash_attn_fwd, package._flash_attn_bwd = forward, backward
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, package)
+    return train_gpt.flash_attention_4_kernels()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("num_tokens, starts, window", [(23, [0, 1, 9], 4), (24, [0, 13], 6), (9, [0], 20)])
+def test_flash_attention_4_gives_result_and_gradients_of_the_full_mask(
+    num_tokens, starts, window, compile, flash_attention_4
+):
+    cu_seqlens = torch.tensor([*starts, num_tokens, num_tokens], dtype=torch.int32)
+
+    def attend(q, k, v):
+        plan = flash_attention_4["attention_plan"](cu_seqlens, num_tokens, window, q.dtype, 20)
+        return 2 * flash_attention_4["attention"](q, k, v, plan, SCALE)
+
+    if compile:
+        torch._dynamo.reset()
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    qkv = torch.stack(random_qkv(num_tokens), dim=1).requires_grad_()  # one beside the other, as in the model
+    expected = 2 * full_attention(*qkv.unbind(1), starts, window, SCALE)
+    y = attend(*qkv.unbind(1))
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(x.square().sum(), qkv)[0] for x in (y, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_the_operators_of_flash_attention_4_are_sound(flash_attention_4):
+    """torch.library's own check: schema, fake implementation, autograd registration."""
+    qkv = [x.requires_grad_() for x in random_qkv(9)]
+    arguments = (*qkv, torch.tensor([0, 4, 9], dtype=torch.int32), 5, 3, SCALE)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(train_gpt.flash_attention_4, arguments, test_utils=tests)
+
+
+def test_without_its_package_flash_attention_4_is_no_candidate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    kernels = train_gpt.flash_attention_4_kernels()
+    plan = kernels["attention_plan"](torch.tensor([0, 9], dtype=torch.int32), 9, 4, torch.float32, 9)
+    with pytest.raises(ImportError):
+        kernels["attention"](*random_qkv(9), plan, SCALE)
+
+
+@pytest.mark.slow
+def test_flash_attention_4_compiles_for_hopper_where_its_package_is():
+    pytest.importorskip("flash_attn.cute")
+    changes = dict(FLASH_ATTENTION_ARCH="sm_90a", CUTE_DSL_ARCH="sm_90a", FLASH_ATTENTION_NUM_SMS=132)
+    done = subprocess.run([sys.executable, ROOT / "tests" / "compile_flash_attention_4.py"], text=True,
+                          capture_output=True, env=environment(**changes))
+    assert done.returncode == 0 and "backward:" in done.stdout, done.stderr[-2000:]

@@ -20,12 +20,14 @@ def by_mask(q, k, v, starts, window, scale):
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 64, 128, 300, 5000])
-@pytest.mark.parametrize("implementation", ["FA3", "FA4", None])
-def test_attention_is_that_of_the_mask(implementation, window):
-    try:
-        kernels = train_gpt.varlen_kernels(implementation)
-    except Exception as problem:
-        pytest.skip(f"{implementation} is not here: {problem}")
+@pytest.mark.parametrize("name, package, make", [
+    ("FlashAttention 3", "flash_attn_interface", lambda: train_gpt.varlen_kernels("FA3")),
+    ("FlashAttention 4", "flash_attn.cute", train_gpt.flash_attention_4_kernels),
+    ("PyTorch's", "torch", train_gpt.varlen_kernels),
+])
+def test_attention_is_that_of_the_mask(name, package, make, window):
+    pytest.importorskip(package)
+    kernels = make()
     generator = torch.Generator(GPU).manual_seed(window)
     q, k, v, dy = torch.randn(4, 1000, 6, 128, generator=generator, device=GPU).bfloat16()
     starts = torch.tensor([0, 1, 130, 400, 401, 999, 1000, 1000], dtype=torch.int32, device=GPU)
