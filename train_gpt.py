@@ -30,6 +30,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -418,9 +419,13 @@ class Kernels(NamedTuple):
     orthogonalize: Callable[..., Tensor]
 
 
+def plain_kernels() -> Kernels:
+    return Kernels(banded_plan, banded_attention, softcapped_head_loss, newton_schulz)
+
+
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and for each a line that names the choice and its reason."""
-    kernels = Kernels(banded_plan, banded_attention, softcapped_head_loss, newton_schulz)
+    kernels = plain_kernels()
     why = f"in plain PyTorch, since this is a {device.type}"
     choices = dict(attention=("bands of scaled_dot_product_attention", why),
                    head=("product in the activations' dtype, loss in float32", why),
@@ -506,7 +511,10 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
             ("products in the activations' dtype, loss fused", lambda: fused_head(s, fp8=False), head_error,
              0.03)]
     float8 = s.fp8_head and s.dtype == "bfloat16"
-    newton = [("half of each symmetric product", half_newton_schulz, newton_schulz_error, 0.1)]
+    tiles = choose_tiles(s, device) if triton else {}
+    shown = ", ".join(f"{tile} for {rows} x {cols}" for (rows, cols), tile in tiles.items())
+    newton = [(f"half of each symmetric product, by {shown}", lambda: half_newton_schulz(tiles),
+               newton_schulz_error, 0.1)]
     return dict(attention=attention, head=head if float8 else head[1:], newton_schulz=newton)
 
 
@@ -733,7 +741,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype, symmetric: Callable | No
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = symmetric(x) if symmetric else x @ x.mT
-        poly = symmetric(gram, c, gram, b) if symmetric else b * gram + c * (gram @ gram)
+        poly = symmetric(gram, alpha=c, base=gram, beta=b) if symmetric else b * gram + c * (gram @ gram)
         x = a * x + poly @ x
     return x.mT if tall else x
 
@@ -768,7 +776,21 @@ def symmetric_kernel(x, base, out, rows, cols, alpha, beta, BLOCK: tl.constexpr,
             tl.store(out + mirror, tl.trans(result), mask=(row_j < rows)[:, None] & (row_i < rows)[None, :])
 
 
-def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None, beta: float = 0.0) -> Tensor:
+class Tile(NamedTuple):
+    """How a program of symmetric_kernel works."""
+
+    block: int  # rows and columns of its part of the result
+    cols: int  # summed at once
+    warps: int
+    stages: int  # of its pipeline
+
+
+TILES = (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 4),
+         Tile(64, 128, 4, 3))  # the first fits every GPU since Ampere
+
+
+def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None, beta: float = 0.0,
+                      tile: Tile = TILES[0]) -> Tensor:
     """alpha * x @ x.mT + beta * base, of which half the tiles are computed and the others mirrored.
 
     x: (..., rows, cols); base: (..., rows, rows), symmetric; the result: (..., rows, rows), in x's dtype.
@@ -776,16 +798,72 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None,
     *stack, rows, cols = x.shape
     x, out = x.contiguous(), x.new_empty(*stack, rows, rows)
     base = out if base is None else base.contiguous()
-    tiles = ceil_div(rows, 128)
+    tiles = ceil_div(rows, tile.block)
     symmetric_kernel[(tiles, tiles, math.prod(stack))](
-        x, base, out, rows, cols, alpha, beta, BLOCK=128, COLS=64, ADD=base is not out, num_warps=8)
+        x, base, out, rows, cols, alpha, beta, BLOCK=tile.block, COLS=tile.cols, ADD=base is not out,
+        num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 
-def half_newton_schulz() -> dict[str, Callable]:
+def time_tiles(stack: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[Tile, float]:
+    """Median milliseconds of symmetric products of random matrices by each tile that this GPU can do."""
+    from triton.testing import do_bench
+
+    x, times = torch.randn(stack, device=device).to(dtype), {}
+    base = x @ x.mT
+    for tile in TILES:
+        with contextlib.suppress(Exception):  # some need more shared memory than every GPU has
+            times[tile] = do_bench(lambda: symmetric_product(x, 1.0, base, 1.0, tile), warmup=5, rep=30,
+                                   return_mode="median")
+    return times
+
+
+def fastest_tile(stack: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile for symmetric products of a stack, (matrices, rows, cols), by the times in Triton's cache.
+
+    The first run on this kind of GPU with this kernel takes them.
+    """
+    from triton.runtime.cache import get_cache_manager
+
+    about = (stack, str(dtype), TILES, inspect.getsource(symmetric_kernel.fn), triton.__version__,
+             torch.cuda.get_device_name(device))
+    cache, name = get_cache_manager(hashlib.sha256(repr(about).encode()).hexdigest()), "tile_times.json"
+    try:
+        times = {Tile(*tile): ms for tile, ms in json.loads(Path(cache.get_file(name)).read_text())}
+    except (OSError, TypeError, ValueError):  # nothing is there, or it is damaged
+        times = time_tiles(stack, dtype, device)
+        with contextlib.suppress(OSError):
+            cache.put(json.dumps(list(times.items())), name, binary=False)
+    return min(times, key=times.get, default=TILES[0])
+
+
+def symmetric_stacks(s: Settings, world_size: int) -> list[tuple[int, int, int]]:
+    """(matrices, rows, cols) of what a rank multiplies with itself for Muon, less the gates."""
+    num_attn = ceil_div(4 * sum(b.attn is not None for b in s.blocks), world_size)
+    num_mlp = ceil_div(2 * sum(b.mlp is not None for b in s.blocks), world_size)
+    small, large = sorted((s.model_dim, s.mlp_dim))
+    stacks = [(num_mlp, small, small), (num_mlp, small, large), (num_attn, s.model_dim, s.model_dim)]
+    return [stack for stack in stacks if stack[0]]
+
+
+def choose_tiles(s: Settings, device: torch.device) -> dict[tuple[int, int], Tile]:
+    """The tile for each (rows, cols) of Muon's symmetric products; all ranks take rank 0's choice."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    stacks = symmetric_stacks(s, world_size) if rank == 0 else []
+    chosen = {stack[1:]: fastest_tile(stack, s.torch_dtype, device) for stack in stacks}
+    pairs = json.loads(from_rank_0(json.dumps(list(chosen.items())), device))
+    return {tuple(shape): Tile(*tile) for shape, tile in pairs}
+
+
+def half_newton_schulz(tiles: dict[tuple[int, int], Tile]) -> dict[str, Callable]:
+    """The kernel, with the tiles of some (rows, cols); others take the first."""
     if triton is None:
         raise ImportError("no Triton")
-    return dict(orthogonalize=functools.partial(newton_schulz, symmetric=symmetric_product))
+
+    def product(x: Tensor, **how) -> Tensor:
+        return symmetric_product(x, **how, tile=tiles.get(tuple(x.shape[-2:]), TILES[0]))
+
+    return dict(orthogonalize=functools.partial(newton_schulz, symmetric=product))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2061,14 +2139,14 @@ def is_alive(run: Path) -> bool:
     return handle is None
 
 
-def from_rank_0(text: str, world: World, device: torch.device) -> str:
+def from_rank_0(text: str, device: torch.device) -> str:
     """Rank 0's text, on every rank."""
-    if world.size == 1:
+    if not dist.is_initialized():
         return text
     data = torch.tensor(list(os.fsencode(text)), dtype=torch.uint8, device=device)
     size = torch.tensor(len(data), device=device)
     dist.broadcast(size, 0)
-    data = data if world.rank == 0 else data.new_empty(int(size))
+    data = data if dist.get_rank() == 0 else data.new_empty(int(size))
     if size:
         dist.broadcast(data, 0)
     return os.fsdecode(bytes(data.tolist()))
@@ -2104,7 +2182,7 @@ class Checkpoints:
 
     def settle(self, problem: str) -> None:
         """Raise on all ranks the UserError (exit code 2) that rank 0 has found, if any."""
-        problem = from_rank_0(problem, self.world, self.device)
+        problem = from_rank_0(problem, self.device)
         if problem:
             raise UserError(problem, exit_code=2)
 
@@ -2120,12 +2198,12 @@ class Checkpoints:
         except UserError as error:
             problem = str(error)
         self.settle(problem)
-        chosen = from_rank_0(str(chosen or ""), self.world, self.device)
+        chosen = from_rank_0(str(chosen or ""), self.device)
         step = self.load(Path(chosen)) if chosen else 0
         if self.settings.checkpoint_every or self.settings.checkpoint_last:
             problem = self.open_folder(Path(chosen) if chosen else None) if self.world.rank == 0 else ""
             self.settle(problem)
-            self.folder = Path(from_rank_0(str(self.folder), self.world, self.device))
+            self.folder = Path(from_rank_0(str(self.folder), self.device))
         return step
 
     def choose(self) -> Path | None:
@@ -2330,7 +2408,7 @@ def describe_settings(s: Settings, overrides: dict[str, str]) -> list[str]:
 def describe_model(s: Settings) -> str:
     """Parameter counts by group, from a model without storage."""
     with torch.device("meta"):
-        model = GPT(s, choose_kernels(torch.device("meta"), s)[0])
+        model = GPT(s, plain_kernels())
     counts = {name: p.numel() for name, p in model.named_parameters()}
     groups = " + ".join(f"{count:,} {name}" for name, count in counts.items())
     return f"parameters: {sum(counts.values()):,} = {groups}"
@@ -2354,7 +2432,7 @@ def estimate_memory(s: Settings, batch: BatchPlan) -> dict[str, int]:
     """
     num_tokens = part_tokens(batch.microbatch_tokens, s)
     with torch.device("meta"):
-        kernels = choose_kernels(torch.device("meta"), s)[0]._replace(
+        kernels = plain_kernels()._replace(
             attention_plan=varlen_plan, attention=lambda q, k, v, *_: KeptByAttention.apply(q, k, v))
         model, inputs = GPT(s, kernels), torch.empty(num_tokens, dtype=torch.int32)
     params, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -2724,7 +2802,7 @@ def sample(folder: Path, prompt: str, length: int, seed: int, temperature: float
                         f"{folder}; take the version that wrote it: its log holds the source.") from None
     encode, decode = tokenizer_of(s)
     device = choose_device(s, World(0, 1, 0, 1))[0]
-    model = GPT(s, choose_kernels(device, s)[0])
+    model = GPT(s, plain_kernels())  # the fast ones take longer to choose than this takes
     saved = read_tensors(folder / "rank_0.bin")
     for name, p in model.named_parameters():
         p.copy_(saved[name])

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel of train_gpt.py for Ampere, Ada and Hopper; needs Triton, but no GPU.
 
 Prints a line a kernel: its name, the GPU's capability, bytes of shared memory, the matrix instruction used.
+Kernels that a GPU tries before it takes them are marked with a star.
 """
 
 import sys
@@ -17,23 +18,24 @@ LOSS = dict(logits="*bf16", targets="*i64", losses="*fp32", sums="*fp32", num_co
 GRADIENT = dict(logits="*bf16", targets="*i64", sums="*fp32", num_rows="i32", num_columns="i32", scale="fp32")
 SYMMETRIC = dict(x="*bf16", base="*bf16", out="*bf16", rows="i32", cols="i32", alpha="fp32", beta="fp32")
 TILE = dict(ROWS=64, COLUMNS=64)
-BUILDS = [  # as train_gpt.py launches them: kernel, types, constants, warps, least capability
-    (train_gpt.softcap_loss_kernel, LOSS, dict(BLOCK=4096), 8, 80),
+BUILDS = [  # as train_gpt.py launches them: kernel, types, constants, options, least capability, mark
+    (train_gpt.softcap_loss_kernel, LOSS, dict(BLOCK=4096), dict(num_warps=8), 80, ""),
     (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*bf16", grads_t="*bf16"),
-     TILE | dict(TRANSPOSED=False), 4, 80),
+     TILE | dict(TRANSPOSED=False), {}, 80, ""),
     (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*fp8e5", grads_t="*fp8e5"),
-     TILE | dict(TRANSPOSED=True), 4, 89),
-    (train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=128, COLS=64, ADD=False), 8, 80),
-    (train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=128, COLS=64, ADD=True), 8, 80),
+     TILE | dict(TRANSPOSED=True), {}, 89, ""),
+    *((train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=tile.block, COLS=tile.cols, ADD=add),
+       dict(num_warps=tile.warps, num_stages=tile.stages), 80, "*" * (tile != train_gpt.TILES[0]))
+      for tile in train_gpt.TILES for add in (False, True)),
 ]
 
-for kernel, types, constants, num_warps, least in BUILDS:
+for kernel, types, constants, options, least, mark in BUILDS:
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
                if signature[name].startswith("*") or signature[name] == "i32"}
     for capability in (80, 89, 90):
         if capability >= least:
             source = ASTSource(kernel, signature, constants, aligned)
-            built = compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=num_warps))
+            built = compile(source, GPUTarget("cuda", capability, 32), options)
             used = [name for name in ("wgmma", "mma.sync") if name in built.asm["ptx"]]
-            print(kernel.__name__, capability, built.metadata.shared, *used[:1])
+            print(kernel.__name__ + mark, capability, built.metadata.shared, *used[:1])

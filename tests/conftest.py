@@ -99,7 +99,7 @@ def whole(shared, tmp_path_factory):
 
 def fresh_model(s, seed=0):
     """A model on the CPU with its initial weights."""
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
+    model = train_gpt.GPT(s, train_gpt.plain_kernels())
     train_gpt.init_weights(model, seed)
     return model
 

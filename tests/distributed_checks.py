@@ -288,6 +288,20 @@ def all_ranks_take_the_first_kernel_that_agrees_on_each_of_them(rank, world_size
     assert why.startswith(f"{last / world_size:.1e} from plain"), why
 
 
+@check
+def all_ranks_take_the_tiles_that_rank_0_has_found_fastest(rank, world_size):
+    asked, real = [], train_gpt.fastest_tile
+    train_gpt.fastest_tile = lambda stack, *_: asked.append(stack) or train_gpt.TILES[len(asked)]
+    try:
+        tiles = train_gpt.choose_tiles(small_model()[1], torch.device("cpu"))
+    finally:
+        train_gpt.fastest_tile = real
+    expected = {(32, 64): train_gpt.TILES[2], (32, 32): train_gpt.TILES[3]}  # of two for 32 x 32 the last
+    assert tiles == expected, tiles
+    per_rank = [-(-22 // world_size)] * 2 + [-(-44 // world_size)]
+    assert [stack[0] for stack in asked] == (per_rank if rank == 0 else []), asked
+
+
 threads_after_run = []  # names; none where there is no /proc
 
 

@@ -102,7 +102,7 @@ def plain_loss(
 
 def random_model(s, seed=0):
     """A model all of whose parameters are random and of a size that tells: gates, head, scalars too."""
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
+    model = train_gpt.GPT(s, train_gpt.plain_kernels())
     generator = torch.Generator().manual_seed(seed)
     size = dict(
         embed=1.0,
@@ -415,7 +415,7 @@ def test_a_letter_of_the_window_pattern_counts_where_there_is_attention_and_two_
 
 def test_the_parameters_of_the_race_have_their_shapes_and_dtypes():
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Settings(), train_gpt.choose_kernels(CPU, train_gpt.Settings())[0])
+        model = train_gpt.GPT(train_gpt.Settings(), train_gpt.plain_kernels())
     found = {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
     assert found == dict(
         embed=((50_304, 768), torch.bfloat16),
@@ -518,7 +518,7 @@ def test_the_seed_alone_decides_the_initial_weights(small):
 
 
 def test_a_parameter_without_initial_weights_is_an_error(small):
-    model = train_gpt.GPT(small, train_gpt.choose_kernels(CPU, small)[0])
+    model = train_gpt.GPT(small, train_gpt.plain_kernels())
     model.register_parameter("novelty", torch.nn.Parameter(torch.empty(3)))
     with pytest.raises(KeyError, match="novelty"):
         train_gpt.init_weights(model, 0)

@@ -5,7 +5,7 @@ import time
 from dataclasses import fields, replace
 
 import pytest
-from conftest import CPU, ROOT, launch, overrides
+from conftest import ROOT, launch, overrides
 
 import train_gpt
 from train_gpt import (
@@ -287,7 +287,7 @@ def test_dry_run_says_what_a_run_would_do_and_does_none_of_it(tmp_path, data, ru
     assert overridden == "overridden: " + ", ".join(sorted(changed)).upper()
     assert batch == "batch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step"
     total, groups = parameters.removeprefix("parameters: ").split(" = ")
-    model = train_gpt.GPT(s, train_gpt.choose_kernels(CPU, s)[0])
+    model = train_gpt.GPT(s, train_gpt.plain_kernels())
     counts = [f"{p.numel():,} {name}" for name, p in model.named_parameters()]
     assert groups.split(" + ") == counts and total == f"{sum(p.numel() for p in model.parameters()):,}"
     assert re.match(r"memory a rank, estimated .*: \d MB = \d parameters \+ \d gradients \+ ", memory)

@@ -228,6 +228,11 @@ def measure(report: Report, s, device: torch.device, rounds: int, size: int) -> 
     windows = train_gpt.attention_windows(s.num_iterations, s)
     report(f"matrix product of {size} x {size} x {size} in bfloat16: {rate:.1f} TFLOP/s",
            f"microbatch: {batch.inputs.numel():,} tokens, windows {windows}")
+    for stack in train_gpt.symmetric_stacks(s, 1) if device.type == "cuda" else ():
+        with report.telling_of(f"tiles for {stack}"):
+            times = train_gpt.time_tiles(stack, s.torch_dtype, device)
+            report(f"milliseconds of symmetric products of {stack} by tile:",
+                   *(f"  {ms:.3f} {tile}" for tile, ms in sorted(times.items(), key=lambda item: item[1])))
     versions, peaks, cuda = [], {}, device.type == "cuda"
     for name in VERSIONS:
         if versions and report.seconds_left() < LIMIT / 2:

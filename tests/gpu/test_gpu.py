@@ -48,8 +48,14 @@ def test_every_kind_of_kernel_has_a_fast_one_on_a_recent_gpu():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("an older GPU")
     kernels, reasons = train_gpt.choose_kernels(GPU, train_gpt.Settings())
-    plain = train_gpt.choose_kernels(torch.device("cpu"), train_gpt.Settings())[0]
+    plain = train_gpt.plain_kernels()
     assert all(a is not b for a, b in zip(kernels, plain)), reasons
+
+
+def test_the_fastest_tile_is_one_that_this_gpu_can_do():
+    times = train_gpt.time_tiles((3, 768, 1536), torch.bfloat16, GPU)
+    assert train_gpt.TILES[0] in times and min(times.values()) > 0
+    assert train_gpt.fastest_tile((3, 768, 1536), torch.bfloat16, GPU) in times
 
 
 @pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
