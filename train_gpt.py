@@ -1066,9 +1066,12 @@ class GPT(nn.Module):
 
         The first four are a Batch; windows: (long, short) attention windows in tokens.
         """
-        x = self.hidden(inputs, cu_seqlens, longest, windows)
+        return self.head(self.hidden(inputs, cu_seqlens, longest, windows), targets)
+
+    def head(self, x: Tensor, targets: Tensor) -> Tensor:
+        """forward's loss, from what `hidden` gives."""
         loss = self.kernels.head_loss(x, self.lm_head, targets)
-        return loss if self.training else loss / inputs.numel()
+        return loss if self.training else loss / targets.numel()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, longest: int, windows: tuple[int, int]) -> Tensor:
         """What the head sees, (T, D) in the activations' dtype."""
@@ -1156,7 +1159,9 @@ def init_weights(model: GPT, seed: int) -> None:
 #
 # A parameter is a stack of rows: matrices for Muon, vectors for Adam. Each rank owns an equal run of them
 # and keeps optimizer state for those alone. A step has three phases:
-#   1. reduce: reduce-scatter the gradients; each rank gets the average over ranks of its own rows;
+#   1. reduce: reduce-scatter the gradients; each rank gets the average over ranks of its own rows; for the
+#      head during the backward pass, since its gradient is complete first (the banks and the tables belong to
+#      the first blocks too, so that theirs are complete last);
 #   2. update: each rank computes the step of its own rows, in place;
 #   3. gather: all-gather the rows, so that every rank again holds the whole parameter, bit for bit the same.
 # Where the rows do not divide by the number of ranks, the storage behind the parameter is longer than the
@@ -1173,6 +1178,7 @@ class Shard:
     rows: Tensor  # whole padded storage, a multiple of world_size rows; the parameter is a view of its start
     own: Tensor  # this rank's part of `rows`
     state: dict[str, Tensor]  # like `own`
+    sent: Tensor | None = None  # phase 1: this rank's gradient, like `rows`
     grad: Tensor | None = None  # phase 1: the averaged gradient of `own`
     work: dist.Work | None = None  # the collective in flight
 
@@ -1212,16 +1218,16 @@ class ShardedOptimizer:
         return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Phase 1, started for every parameter; the gradients are used up."""
-        for s in self.shards:
-            grad = self.pad(self.as_rows(s.param.grad))
+    def reduce(self, *shards: Shard) -> None:
+        """Phase 1, started for these parameters; their gradients are used up."""
+        for s in shards:
+            s.sent = self.pad(self.as_rows(s.param.grad))
             s.param.grad = None
             if self.world_size == 1:
-                s.grad = grad
+                s.grad = s.sent
             else:
                 s.grad = torch.empty_like(s.own)
-                s.work = reduce_scatter(s.grad, grad, op=dist.ReduceOp.AVG, async_op=True)
+                s.work = reduce_scatter(s.grad, s.sent, op=dist.ReduceOp.AVG, async_op=True)
 
     @torch.no_grad()
     def update_and_gather(self, **schedule: float) -> None:
@@ -1230,7 +1236,7 @@ class ShardedOptimizer:
             if s.work is not None:
                 s.work.wait()
             self.update(s, **schedule)
-            s.grad = None
+            s.sent = s.grad = None
             if self.world_size > 1:
                 s.work = all_gather(s.rows, s.own, async_op=True)
 
@@ -1313,10 +1319,21 @@ def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list
             DistAdam(groups[DistAdam], rank, world_size, s.adam_lr, (s.adam_beta1, s.adam_beta2), s.adam_eps)]
 
 
+@contextlib.contextmanager
+def reducing_head(optimizers: list[ShardedOptimizer]):
+    """For a step's last backward pass: starts phase 1 of the head within it."""
+    owner, head = next((o, shard) for o in optimizers for shard in o.shards if shard.name == "lm_head")
+    hook = head.param.register_post_accumulate_grad_hook(lambda _: owner.reduce(head))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def optimizer_step(optimizers: list[ShardedOptimizer], **schedule: float) -> None:
     """One step of all of them, so interleaved that communication overlaps computation."""
     for optimizer in optimizers:
-        optimizer.reduce()
+        optimizer.reduce(*(s for s in optimizer.shards if s.sent is None))
     for optimizer in optimizers:
         optimizer.update_and_gather(**schedule)
     for optimizer in optimizers:
@@ -2511,12 +2528,15 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
     stop_signal is asked after the backward passes for the signal that this rank has received; 0 for none.
     """
     batch, losses = loader.batch, []
-    for _ in range(batch.per_rank * s.microbatch_parts):
+    passes = batch.per_rank * s.microbatch_parts
+    for i in range(passes):
         loss = forward(*loader.next_batch(), attention_windows(step, s))
-        loss.backward()
+        with reducing_head(optimizers) if i == passes - 1 else contextlib.nullcontext():
+            loss.backward()
         losses.append(loss.detach())
     # A row a rank: stop signal, loss, and for each gradient whether its largest entry is no finite number.
-    grads = {shard.name: shard.param.grad for optimizer in optimizers for shard in optimizer.shards}
+    grads = {shard.name: shard.param.grad if shard.sent is None else shard.sent
+             for optimizer in optimizers for shard in optimizer.shards}
     largest = torch.stack([torch.linalg.vector_norm(grad, torch.inf).float() for grad in grads.values()])
     names = ["the loss", *(f"the gradient of {name}" for name in grads)]
     table = torch.zeros(batch.world_size, 1 + len(names), device=loss.device)
@@ -2542,10 +2562,20 @@ def train_step(forward, optimizers, loader: TrainLoader, step: int, s: Settings,
 
 
 def compiled(model: GPT, s: Settings, **options):
-    """The model under torch.compile: one graph a window size, in training and in evaluation."""
+    """model.forward under torch.compile: a graph a window size, and one for the head.
+
+    Each is made for training and for evaluation. A graph gives all its gradients when its backward pass ends:
+    with a graph of its own, the head's gradient is on its way to the other ranks while the blocks' is made.
+    """
     graphs = 2 * len(window_steps(s))
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
-    return torch.compile(model, dynamic=False, fullgraph=True, **options)
+    hidden, head = (torch.compile(part, dynamic=False, fullgraph=True, **options)
+                    for part in (model.hidden, model.head))
+
+    def forward(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, longest: int, windows) -> Tensor:
+        return head(hidden(inputs, cu_seqlens, longest, windows), targets)
+
+    return forward
 
 
 def graphs_compiled(s: Settings) -> int:

@@ -275,6 +275,25 @@ def collectives_a_step_do_not_grow_with_the_blocks(rank, world_size):
 
 
 @check
+def the_head_is_on_its_way_before_the_backward_pass_ends(rank, world_size):
+    model, s = small_model()
+    optimizers = train_gpt.make_optimizers(model, s, rank, world_size)
+    (head,) = (shard for optimizer in optimizers for shard in optimizer.shards if shard.name == "lm_head")
+    sent = []
+    model.embed.register_post_accumulate_grad_hook(lambda _: sent.append(head.work is not None))
+    tokens = torch.randint(s.bos_id, (65,), generator=torch.Generator().manual_seed(rank)).numpy()
+    batch = train_gpt.make_batch(tokens, [0, 20], 128, 44, torch.device("cpu"))
+    with train_gpt.reducing_head(optimizers):
+        model(*batch, (12, 4)).backward()
+    own = head.sent.clone()
+    assert sent == [True] and own.any()
+    train_gpt.optimizer_step(optimizers, lr_scale=0.0, momentum=0.9)
+    total = sum(from_all_ranks(own, world_size)) / world_size
+    mean = own_part(total.double(), head, rank)
+    assert_close(head.state["mean"], (1 - s.adam_beta1) * mean, "first moment of the head", atol=1e-6)
+
+
+@check
 def all_ranks_take_the_first_kernel_that_agrees_on_each_of_them(rank, world_size):
     last = world_size - 1
     candidates = [("here and there", dict, lambda _: 1.0 if rank == last else 0.0, 0.5),

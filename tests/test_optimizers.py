@@ -278,7 +278,9 @@ def test_a_train_step_sums_gradients_over_microbatches_and_reports_the_mean_loss
     found = {}
 
     def keep(optimizers, lr_scale, momentum):
-        found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        for shard in (shard for optimizer in optimizers for shard in optimizer.shards):
+            grad = shard.param.grad if shard.sent is None else shard.sent.view(shard.param.shape)
+            found[shard.name] = grad.clone()
         found["rates"] = lr_scale, momentum
 
     monkeypatch.setattr(train_gpt, "optimizer_step", keep)
@@ -287,6 +289,25 @@ def test_a_train_step_sums_gradients_over_microbatches_and_reports_the_mean_loss
     assert report() == (pytest.approx(sum(losses) / 512, rel=1e-5), 15)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_head_is_reduced_while_the_blocks_gradients_are_made(small, start, compile, monkeypatch):
+    """And in a step's last backward pass alone, when its gradient is whole."""
+    model, optimizers, loader = start()
+    (head,) = (shard for o in optimizers for shard in o.shards if shard.name == "lm_head")
+    started, whole = [], []
+    model.attn_bank.register_post_accumulate_grad_hook(lambda _: started.append(head.sent is not None))
+    monkeypatch.setattr(train_gpt, "optimizer_step", lambda *_, **__: whole.append(head.sent.clone()))
+    torch._dynamo.reset()
+    forward = train_gpt.compiled(model, small, backend="aot_eager") if compile else model
+    train_gpt.train_step(forward, optimizers, loader, 0, small)
+    assert started == 7 * [False] + [True] and head.param.grad is None and head.work is None
+    torch._dynamo.reset()
+    _, _, again = start()
+    for _ in range(8):
+        model(*again.next_batch(), (12, 4)).backward()
+    torch.testing.assert_close(whole[0], head.param.grad, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
