@@ -44,6 +44,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -439,6 +440,10 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     return kernels, [f"{kind}: {name} ({why})" for kind, (name, why) in choices.items()]
 
 
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}, {(str(error).splitlines() or [''])[0]}"
+
+
 def first_that_agrees(candidates, plain: str, device: torch.device) -> tuple[dict[str, Callable], str, str]:
     """The kernels, the name and the reason of the first candidate that does what the plain ones do.
 
@@ -455,7 +460,7 @@ def first_that_agrees(candidates, plain: str, device: torch.device) -> tuple[dic
             kernels = make()
             found = error(kernels)
         except Exception as raised:  # whatever it is, it stands in the log
-            problem = f"{type(raised).__name__}, {(str(raised).splitlines() or [''])[0]}"
+            problem = in_a_line(raised)
         try:
             worst = torch.tensor(found, device=device).nan_to_num(math.inf)
             if dist.is_initialized():
@@ -480,15 +485,17 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     def attention_error(kernels) -> float:
-        starts = torch.tensor([0, 7, 300, 301, 900, 1000, 1000], dtype=torch.int32, device=device)
+        starts = [0, 7, 300, 301, 900, 1000, 1000]
         qkv = 2 * normal(3, 1000, s.num_heads, s.head_dim)
 
-        def attend(plan, attention, window):
-            made = plan(starts, 1000, window, s.torch_dtype, 600)
+        def attend(plan, attention, window, padding):
+            padded = torch.tensor(starts + padding * [1000], dtype=torch.int32, device=device)
+            made = plan(padded, 1000, window, s.torch_dtype, 600)
             return lambda qkv: attention(*qkv.unbind(), made, s.attn_scale)
 
-        return max(distance(attend(kernels["attention_plan"], kernels["attention"], window),
-                            attend(banded_plan, banded_attention, window), qkv) for window in (8, 384))
+        cases = (8, 0), (384, 300)  # FlashAttention 4 has other kernels for more than 256 pieces
+        return max(distance(attend(kernels["attention_plan"], kernels["attention"], *case),
+                            attend(banded_plan, banded_attention, *case), qkv) for case in cases)
 
     def head_error(kernels) -> float:
         x = norm(normal(1000, s.model_dim))
@@ -498,11 +505,11 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
                         lambda x, w: softcapped_head_loss(x, w, targets), x, weight)
 
     def newton_schulz_error(kernels) -> float:
-        matrices = [normal(3, *shape, dtype=torch.float32)
-                    for shape in ((s.model_dim, s.model_dim), (s.model_dim, s.mlp_dim))]
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        matrices = [normal(*stack, dtype=torch.float32) for stack in muon_stacks(s, world_size)]
         return max(distance(lambda x: kernels["orthogonalize"](x, s.torch_dtype),
                             lambda x: newton_schulz(x, s.torch_dtype), x, gradients=False)
-                   for x in matrices)
+                   for x in matrices)  # of the sizes that are trained, for which tiles were chosen
 
     attention = [("FlashAttention 3", lambda: varlen_kernels("FA3"), attention_error, 0.03),
                  ("FlashAttention 4", flash_attention_4_kernels, attention_error, 0.03),
@@ -511,10 +518,10 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
             ("products in the activations' dtype, loss fused", lambda: fused_head(s, fp8=False), head_error,
              0.03)]
     float8 = s.fp8_head and s.dtype == "bfloat16"
-    tiles = choose_tiles(s, device) if triton else {}
-    shown = ", ".join(f"{tile} for {rows} x {cols}" for (rows, cols), tile in tiles.items())
-    newton = [(f"half of each symmetric product, by {shown}", lambda: half_newton_schulz(tiles),
-               newton_schulz_error, 0.1)]
+    tiles, why = choose_tiles(s, device)
+    shown = ", ".join(f"{'x'.join(map(str, stack))} by {tile}" for stack, tile in tiles.items())
+    newton = [(f"half of each symmetric product, {shown or TILES[0]} {why}",
+               lambda: half_newton_schulz(tiles), newton_schulz_error, 0.1)]
     return dict(attention=attention, head=head if float8 else head[1:], newton_schulz=newton)
 
 
@@ -785,8 +792,8 @@ class Tile(NamedTuple):
     stages: int  # of its pipeline
 
 
-TILES = (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 4),
-         Tile(64, 128, 4, 3))  # the first fits every GPU since Ampere
+TILES = (Tile(64, 64, 4, 4), Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(128, 64, 8, 3),
+         Tile(128, 128, 8, 3))  # the first fits every GPU since Ampere, in float32 too
 
 
 def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None, beta: float = 0.0,
@@ -806,13 +813,13 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, base: Tensor | None = None,
 
 
 def time_tiles(stack: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[Tile, float]:
-    """Median milliseconds of symmetric products of random matrices by each tile that this GPU can do."""
+    """Median milliseconds of symmetric products of random matrices, by each tile that fits this GPU."""
     from triton.testing import do_bench
 
     x, times = torch.randn(stack, device=device).to(dtype), {}
-    base = x @ x.mT
+    base = x @ x.mT if stack[1] == stack[2] else None
     for tile in TILES:
-        with contextlib.suppress(Exception):  # some need more shared memory than every GPU has
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):  # such as shared memory
             times[tile] = do_bench(lambda: symmetric_product(x, 1.0, base, 1.0, tile), warmup=5, rep=30,
                                    return_mode="median")
     return times
@@ -834,34 +841,53 @@ def fastest_tile(stack: tuple[int, int, int], dtype: torch.dtype, device: torch.
         times = time_tiles(stack, dtype, device)
         with contextlib.suppress(OSError):
             cache.put(json.dumps(list(times.items())), name, binary=False)
-    return min(times, key=times.get, default=TILES[0])
+    return min(times, key=times.get)
+
+
+def muon_stacks(s: Settings, world_size: int) -> list[tuple[int, int, int]]:
+    """(matrices, rows, cols) of what a rank makes orthogonal: of attention, MLP and gates."""
+    num_attn = sum(b.attn is not None for b in s.blocks)
+    num_mlp = sum(b.mlp is not None for b in s.blocks)
+    banks = [(4 * num_attn, s.model_dim, s.model_dim), (2 * num_mlp, s.model_dim, s.mlp_dim),
+             (num_attn, s.num_heads, s.gate_channels)]
+    return [(ceil_div(matrices, world_size), *shape) for matrices, *shape in banks if matrices * shape[1]]
 
 
 def symmetric_stacks(s: Settings, world_size: int) -> list[tuple[int, int, int]]:
-    """(matrices, rows, cols) of what a rank multiplies with itself for Muon, less the gates."""
-    num_attn = ceil_div(4 * sum(b.attn is not None for b in s.blocks), world_size)
-    num_mlp = ceil_div(2 * sum(b.mlp is not None for b in s.blocks), world_size)
-    small, large = sorted((s.model_dim, s.mlp_dim))
-    stacks = [(num_mlp, small, small), (num_mlp, small, large), (num_attn, s.model_dim, s.model_dim)]
-    return [stack for stack in stacks if stack[0]]
+    """(matrices, rows, cols) of Muon's symmetric products on a rank, but for those of a single tile."""
+    stacks = [(matrices, small, cols) for matrices, *shape in muon_stacks(s, world_size)
+              for small, large in [sorted(shape)] if small > TILES[0].block for cols in (small, large)]
+    return list(dict.fromkeys(stacks))
 
 
-def choose_tiles(s: Settings, device: torch.device) -> dict[tuple[int, int], Tile]:
-    """The tile for each (rows, cols) of Muon's symmetric products; all ranks take rank 0's choice."""
+def choose_tiles(s: Settings, device: torch.device) -> tuple[dict[tuple[int, int, int], Tile], str]:
+    """The tiles of symmetric_stacks, and a reason.
+
+    All ranks take rank 0's choice. Where it cannot time them, it chooses none, and the reason says why.
+    Raises RuntimeError where that left the device unusable.
+    """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    stacks = symmetric_stacks(s, world_size) if rank == 0 else []
-    chosen = {stack[1:]: fastest_tile(stack, s.torch_dtype, device) for stack in stacks}
-    pairs = json.loads(from_rank_0(json.dumps(list(chosen.items())), device))
-    return {tuple(shape): Tile(*tile) for shape, tile in pairs}
+    chosen, why = {}, "timed here, or in an earlier run"
+    try:
+        for stack in symmetric_stacks(s, world_size) if rank == 0 else ():
+            chosen[stack] = fastest_tile(stack, s.torch_dtype, device)
+    except Exception as raised:  # no cache to write to, say, or no memory
+        chosen, why = {}, f"not timed: {in_a_line(raised)}"
+    try:
+        torch.zeros((), device=device).item()
+        pairs, why = json.loads(from_rank_0(json.dumps([list(chosen.items()), why]), device))
+    except RuntimeError as broken:
+        raise RuntimeError(f"symmetric products: {why}, and {device} does not work since") from broken
+    return {tuple(stack): Tile(*tile) for stack, tile in pairs}, why
 
 
-def half_newton_schulz(tiles: dict[tuple[int, int], Tile]) -> dict[str, Callable]:
-    """The kernel, with the tiles of some (rows, cols); others take the first."""
+def half_newton_schulz(tiles: dict[tuple[int, int, int], Tile]) -> dict[str, Callable]:
+    """The kernel, with the tiles of some (matrices, rows, cols); others take the first."""
     if triton is None:
         raise ImportError("no Triton")
 
     def product(x: Tensor, **how) -> Tensor:
-        return symmetric_product(x, **how, tile=tiles.get(tuple(x.shape[-2:]), TILES[0]))
+        return symmetric_product(x, **how, tile=tiles.get(tuple(x.shape), TILES[0]))
 
     return dict(orthogonalize=functools.partial(newton_schulz, symmetric=product))
 
@@ -952,7 +978,7 @@ def flash_attention_4_arguments(cu_seqlens: Tensor, longest: int, window: int, s
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: int,
                       scale: float) -> tuple[Tensor, Tensor]:
     """What banded_attention gives, (T, H, K), and the logarithms of softmax's sums, (H, T) float32."""
-    from flash_attn.cute.interface import _flash_attn_fwd  # python -m pip install --pre flash-attn-4
+    from flash_attn.cute.interface import _flash_attn_fwd  # README.md says how to install it
 
     arguments = flash_attention_4_arguments(cu_seqlens, longest, window, scale)
     return _flash_attn_fwd(q, k, v, return_lse=True, **arguments)[:2]
@@ -997,6 +1023,8 @@ flash_attention_4.register_autograd(attention_gradients, setup_context=keep_atte
 
 def flash_attention_4_kernels() -> dict[str, Callable]:
     """Attention by FlashAttention 4, if that is installed, on Hopper GPUs and those after them."""
+    warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # two screens of its compiler's
+
     def attention(q: Tensor, k: Tensor, v: Tensor, plan, scale: float) -> Tensor:
         return flash_attention_4(q, k, v, *plan, scale)[0]
 

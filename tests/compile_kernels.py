@@ -17,7 +17,7 @@ import train_gpt  # noqa: E402
 LOSS = dict(logits="*bf16", targets="*i64", losses="*fp32", sums="*fp32", num_columns="i32")
 GRADIENT = dict(logits="*bf16", targets="*i64", sums="*fp32", num_rows="i32", num_columns="i32", scale="fp32")
 SYMMETRIC = dict(x="*bf16", base="*bf16", out="*bf16", rows="i32", cols="i32", alpha="fp32", beta="fp32")
-TILE = dict(ROWS=64, COLUMNS=64)
+TILE, FIRST = dict(ROWS=64, COLUMNS=64), train_gpt.TILES[0]
 BUILDS = [  # as train_gpt.py launches them: kernel, types, constants, options, least capability, mark
     (train_gpt.softcap_loss_kernel, LOSS, dict(BLOCK=4096), dict(num_warps=8), 80, ""),
     (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*bf16", grads_t="*bf16"),
@@ -25,8 +25,11 @@ BUILDS = [  # as train_gpt.py launches them: kernel, types, constants, options, 
     (train_gpt.softcap_gradient_kernel, GRADIENT | dict(grads="*fp8e5", grads_t="*fp8e5"),
      TILE | dict(TRANSPOSED=True), {}, 89, ""),
     *((train_gpt.symmetric_kernel, SYMMETRIC, dict(BLOCK=tile.block, COLS=tile.cols, ADD=add),
-       dict(num_warps=tile.warps, num_stages=tile.stages), 80, "*" * (tile != train_gpt.TILES[0]))
+       dict(num_warps=tile.warps, num_stages=tile.stages), 80, "*" * (tile != FIRST))
       for tile in train_gpt.TILES for add in (False, True)),
+    (train_gpt.symmetric_kernel, SYMMETRIC | dict(x="*fp32", base="*fp32", out="*fp32"),
+     dict(BLOCK=FIRST.block, COLS=FIRST.cols, ADD=True), dict(num_warps=FIRST.warps, num_stages=FIRST.stages),
+     80, "-float32"),
 ]
 
 for kernel, types, constants, options, least, mark in BUILDS:

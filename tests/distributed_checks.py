@@ -309,16 +309,25 @@ def all_ranks_take_the_first_kernel_that_agrees_on_each_of_them(rank, world_size
 
 @check
 def all_ranks_take_the_tiles_that_rank_0_has_found_fastest(rank, world_size):
-    asked, real = [], train_gpt.fastest_tile
-    train_gpt.fastest_tile = lambda stack, *_: asked.append(stack) or train_gpt.TILES[len(asked)]
+    asked, real, attn, mlp = [], train_gpt.fastest_tile, -(-44 // world_size), -(-22 // world_size)
+
+    def fastest_tile(stack, *_):
+        asked.append(stack)
+        return train_gpt.TILES[len(asked)] if works else 1 / 0
+
+    s = replace(small_model()[1], model_dim=128, mlp_dim=256)
+    train_gpt.fastest_tile = fastest_tile
     try:
-        tiles = train_gpt.choose_tiles(small_model()[1], torch.device("cpu"))
+        works = True
+        tiles, _ = train_gpt.choose_tiles(s, torch.device("cpu"))
+        works = False
+        none, why = train_gpt.choose_tiles(s, torch.device("cpu"))
     finally:
         train_gpt.fastest_tile = real
-    expected = {(32, 64): train_gpt.TILES[2], (32, 32): train_gpt.TILES[3]}  # of two for 32 x 32 the last
-    assert tiles == expected, tiles
-    per_rank = [-(-22 // world_size)] * 2 + [-(-44 // world_size)]
-    assert [stack[0] for stack in asked] == (per_rank if rank == 0 else []), asked
+    stacks = [(attn, 128, 128), (mlp, 128, 128), (mlp, 128, 256)]
+    assert tiles == dict(zip(stacks, train_gpt.TILES[1:])), tiles
+    assert asked == ([*stacks, stacks[0]] if rank == 0 else []), asked
+    assert none == {} and why == "not timed: ZeroDivisionError, division by zero", why
 
 
 threads_after_run = []  # names; none where there is no /proc
