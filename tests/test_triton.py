@@ -350,10 +350,9 @@ def test_every_kernel_compiles_for_ampere_ada_and_hopper_and_fits_in_their_share
                           text=True, env=environment(**changes))
     assert done.returncode == 0, done.stderr[-2000:]
     builds = [line.split() for line in done.stdout.splitlines()]
-    assert len(builds) == 8 + 6 * len(train_gpt.TILES) + 3
+    assert len(builds) == 8 + 3 * 3 + len(train_gpt.TILES) - 1
     room = {"80": 163 << 10, "89": 99 << 10, "90": 227 << 10}  # bytes a block may have
     for name, capability, shared, *instruction in builds:
-        tried = name.endswith("*") and capability != "90"
-        assert tried or int(shared) <= room[capability], (name, capability)
+        assert int(shared) <= room[capability], (name, capability)
         expected = "wgmma" if capability == "90" else "mma.sync"
         assert instruction == ([expected] if name in PRODUCTS else []), (name, capability)
