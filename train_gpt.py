@@ -440,6 +440,11 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     return kernels, [f"{kind}: {name} ({why})" for kind, (name, why) in choices.items()]
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}, {(str(error).splitlines() or [''])[0]}"
 
@@ -505,8 +510,7 @@ def fast_kernels(device: torch.device, s: Settings) -> dict[str, list]:
                         lambda x, w: softcapped_head_loss(x, w, targets), x, weight)
 
     def newton_schulz_error(kernels) -> float:
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        matrices = [normal(*stack, dtype=torch.float32) for stack in muon_stacks(s, world_size)]
+        matrices = [normal(*stack, dtype=torch.float32) for stack in muon_stacks(s, rank_and_size()[1])]
         return max(distance(lambda x: kernels["orthogonalize"](x, s.torch_dtype),
                             lambda x: newton_schulz(x, s.torch_dtype), x, gradients=False)
                    for x in matrices)  # of the sizes that are trained, for which tiles were chosen
@@ -866,7 +870,7 @@ def choose_tiles(s: Settings, device: torch.device) -> tuple[dict[tuple[int, int
     All ranks take rank 0's choice. Where it cannot time them, it chooses none, and the reason says why.
     Raises RuntimeError where that left the device unusable.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_size()
     chosen, why = {}, "timed here, or in an earlier run"
     try:
         for stack in symmetric_stacks(s, world_size) if rank == 0 else ():
