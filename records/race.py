@@ -66,9 +66,11 @@ class Version:
         text = self.environment(0).get("NPROC") or "0"
         if not text.isdecimal():
             raise RaceError(f"{self.label}: NPROC: expected a number of processes, found {text!r}.", 2)
-        nproc = int(text) or torch.cuda.device_count() or 1
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        return [sys.executable, *(torchrun if nproc > 1 else []), "train_gpt.py"]
+        nproc = int(text) or torch.cuda.device_count()
+        if nproc <= 1:
+            return [sys.executable, "train_gpt.py"]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}",
+                "train_gpt.py"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def finished(log: Path, version: Version, seed: int) -> bool:
     changed = [f"{name} was {run.settings[name]}, is {wanted[name]}" for name in wanted
                if name in run.settings and run.settings[name] != wanted[name]
                and (name == "seed" or name not in report.MAY_DIFFER)]
-    if run.source != (version.folder / "train_gpt.py").read_text(encoding="utf-8"):
+    if run.source != (version.folder / "train_gpt.py").read_text(encoding="utf-8").rstrip("\n"):
         changed.append("its source has changed")
     if changed:
         raise RaceError(f"{log} is not of {version.label} as it is now: {', '.join(changed)}; restore it, or "
@@ -182,7 +184,8 @@ def finished(log: Path, version: Version, seed: int) -> bool:
 def run_once(version: Version, seed: int, show) -> str:
     """Run a version to its end, calling show('step:3/108') at each step, and return its log.
 
-    Raises RaceError if the run fails or leaves no complete log. If this process is stopped, so is the run.
+    Raises RaceError or ReportError if the run fails or leaves no complete log. If this process is stopped, so
+    is the run.
     """
     shutil.rmtree(version.folder / "logs", ignore_errors=True)
     child = subprocess.Popen(version.command(), cwd=version.folder, env=version.environment(seed), text=True,
@@ -203,18 +206,15 @@ def run_once(version: Version, seed: int, show) -> str:
     logs = list((version.folder / "logs").rglob("*.txt"))
     if len(logs) != 1:
         raise RaceError(f"{version.label}, seed {seed}: expected one log of its run, found {len(logs)}.")
-    try:
-        report.read_log(logs[0])
-    except report.ReportError as error:
-        raise RaceError(f"{version.label}, seed {seed}: its run left no complete log: {error}") from None
+    report.read_log(logs[0])  # raises ReportError if it is not complete
     return logs[0].read_text(encoding="utf-8")
 
 
 def race(versions: list[Version], rounds: int, out: Path) -> None:
     """Run what is missing of a race. Raises RaceError, and KeyboardInterrupt if it is stopped."""
     with tempfile.TemporaryDirectory(prefix="race-") as place, contextlib.ExitStack() as stack:
-        for number, version in enumerate(versions):
-            stage(version, Path(place) / str(number), stack)
+        for version in versions:
+            stage(version, Path(place) / version.label, stack)
         for version in versions:
             check_settings(version)
         turns = [(turn, version, out / version.label / f"round-{turn:02}.txt")

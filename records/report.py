@@ -65,7 +65,7 @@ class Run:
     """One complete log, up to the step at which it is judged."""
 
     path: Path
-    source: str
+    source: str  # without the newlines at its end
     settings: dict[str, str]  # name -> repr of the value; empty in published logs
     points: list[Point]
     num_steps: int  # planned
@@ -109,7 +109,7 @@ def read_log(path: Path, step: int | None = None) -> Run:
     last = points[-1]
     if last.val_loss is None or step not in (None, last.step):
         raise ReportError(f"{path}: expected a validation at step {step}, found none.")
-    return Run(path, source, settings, points, num_steps, last.step, last.val_loss, last.seconds,
+    return Run(path, source.rstrip("\n"), settings, points, num_steps, last.step, last.val_loss, last.seconds,
                1000 * last.seconds / max(last.step, 1), target, int(peak[1]),
                describe_hardware(environment, lines))
 
@@ -124,10 +124,9 @@ def read_steps(path: Path, lines: str) -> tuple[list[Point], int]:
         raise ReportError(f"{path}: damaged: expected whole step lines with finite losses.")
     trained = [point.step for point in points if point.val_loss is None]
     seconds = [point.seconds for point in points]
-    if trained != list(range(1, len(trained) + 1)) or seconds != sorted(seconds):
-        raise ReportError(f"{path}: damaged: steps are missing, repeated or out of order.")
-    if points[-1].val_loss is None or points[-1].step != len(trained):
-        raise ReportError(f"{path}: damaged: expected a validation after its last step, {len(trained)}.")
+    in_order = trained == list(range(1, len(trained) + 1)) and seconds == sorted(seconds)
+    if not in_order or points[-1].val_loss is None or points[-1].step != len(trained):
+        raise ReportError(f"{path}: damaged: expected all steps in order and a validation at the end.")
     return points, int(matches[0][1])
 
 
@@ -161,39 +160,35 @@ class Group(NamedTuple):
         return "; ".join(sorted({run.hardware for run in self.runs}))
 
 
-def load(paths, mixed: bool = False, step: int | None = None, strict: bool = False) -> list[Group]:
+def load(paths, step: int | None = None, strict: bool = False) -> list[Group]:
     """The sets at these paths: one per version of a race's folder, else one of all the logs.
 
-    Logs that cannot be read are named on stderr and left out. Raises ReportError if there are no others, or
-    if `strict`; and if the logs of a set differ in source or settings, unless `mixed`.
+    Logs that cannot be read are named on stderr and left out. Raises ReportError if no other is there, or if
+    `strict`; and if the logs of a set differ in source or settings.
     """
     paths = [Path(path) for path in paths]
-    versions = [folder for path in paths for folder in version_folders(path)]
-    if versions and len(paths) > 1:
-        raise ReportError(f"{versions[0].parent}: a race's folder: expected it alone, found {len(paths)} "
-                          "paths; name a version's folder in it.")
+    versions = version_folders(paths[0]) if len(paths) == 1 else []
     if versions:
-        sets = {folder.name: sorted(folder.glob("*.txt")) for folder in versions}
-    else:
-        logs = [log for path in paths for log in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-        sets = {paths[0].resolve().name if paths[0].is_dir() else paths[0].resolve().parent.name: logs}
-    groups = []
-    for label, logs in sets.items():
-        group = Group(label, [])
-        for log in logs:
-            try:
-                run = read_log(log, step)
-            except ReportError as error:
-                if strict:
-                    raise
-                print(f"left out: {error}", file=sys.stderr)
-                continue
-            check_same_version(group.runs, run, mixed)
-            group.runs.append(run)
-        if not group.runs:
-            raise ReportError(f"{', '.join(map(str, paths))}: expected complete logs of {label}, found none.")
-        groups.append(group)
-    return groups
+        return [load_group(folder, sorted(folder.glob("*.txt")), step, strict) for folder in versions]
+    logs = [log for path in paths for log in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    return [load_group(paths[0] if paths[0].is_dir() else paths[0].parent, logs, step, strict)]
+
+
+def load_group(folder: Path, logs: list[Path], step: int | None, strict: bool) -> Group:
+    group = Group(folder.resolve().name, [])
+    for log in logs:
+        try:
+            run = read_log(log, step)
+        except ReportError as error:
+            if strict:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        check_same_version(group.runs, run)
+        group.runs.append(run)
+    if not group.runs:
+        raise ReportError(f"{folder}: expected complete logs (*.txt) of one version, found none.")
+    return group
 
 
 def race_labels(race: Path) -> list[str]:
@@ -214,16 +209,16 @@ def version_folders(race: Path) -> list[Path]:
     return sorted(folders, key=lambda path: order.index(path.name) if path.name in order else len(order))
 
 
-def check_same_version(runs: list[Run], run: Run, mixed: bool) -> None:
-    """Raises ReportError if `run` is of another version than `runs` (unless `mixed`), or is one of them."""
+def check_same_version(runs: list[Run], run: Run) -> None:
+    """Raises ReportError if `run` is of another version than `runs`, or is one of them."""
     for other in runs:
         differ = [f"{name} ({other.settings.get(name)}, {run.settings.get(name)})"
                   for name in {**other.settings, **run.settings}
                   if other.settings.get(name) != run.settings.get(name) and name not in MAY_DIFFER]
         differ += ["source"] * (other.source != run.source)
-        if differ and not mixed:
+        if differ:
             raise ReportError(f"{other.path} and {run.path} differ in {', '.join(differ)}: expected logs of "
-                              "one version; put --vs between them, or take them together with --mixed.")
+                              "one version; put --vs between those of two.")
         if other.points == run.points:
             raise ReportError(f"{other.path} and {run.path} are the same run; name it once.")
 
@@ -425,13 +420,10 @@ def with_table(page: Path, rows: list[list[str]]) -> str:
 def update_tables(folder: Path, check: bool) -> None:
     """Write the tables; with `check`, raise ReportError for one that is not what its logs give."""
     for page, text in leaderboard(folder).items():
-        stale = page.read_text(encoding="utf-8") != text
-        if stale and check:
+        if check and page.read_text(encoding="utf-8") != text:
             raise ReportError(f"{page}: its table is not what the logs give; run: python records/report.py "
                               "--leaderboard")
-        if stale:
-            page.write_text(text, encoding="utf-8")
-            print(f"{page}: written")
+        page.write_text(text, encoding="utf-8")
 
 
 def parse_arguments(argv) -> argparse.Namespace:
@@ -441,7 +433,6 @@ def parse_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--vs", nargs="+", metavar="DIR_OR_LOG", help="the set to compare with")
     parser.add_argument("--step", type=int, help="take loss and time at this step (default: the last)")
     parser.add_argument("--target", type=float, help="target loss in nats per token (default: the logs' own)")
-    parser.add_argument("--mixed", action="store_true", help="take logs of different versions together")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves")
     parser.add_argument("--leaderboard", nargs="?", const=RECORDS, type=Path, metavar="FOLDER",
                         help="write the tables of the records in this folder (default: records/)")
@@ -459,9 +450,9 @@ def main(argv=None) -> int:
         if args.leaderboard:
             update_tables(args.leaderboard, args.check)
             return 0
-        groups = load(args.logs, args.mixed, args.step)
+        groups = load(args.logs, args.step)
         if args.vs:
-            old = load(args.vs, args.mixed, args.step)
+            old = load(args.vs, args.step)
             if len(old) > 1:
                 raise ReportError(f"report.py: --vs: expected one set, found {len(old)}; name one of them.")
             groups = old + groups

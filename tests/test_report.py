@@ -20,7 +20,7 @@ SMI = """|   0  NVIDIA H100 80GB HBM3          On  |   00000000:61:00.0 Off |   
 def our_log(loss=1.6, ms=100.0, source="print(1)\n", target=1.7, steps=4, **settings):
     """A log of ours: 4 steps of `ms` each, validations at steps 0, 2 and 4."""
     settings = {"seed": 0, "target_loss": target, "log_dir": "'logs'"} | settings
-    lines = [source + RULE, "Python 3.11", "platform: Linux, 2 CPUs, 2 threads", RULE]
+    lines = [source, RULE, "Python 3.11", "platform: Linux, 2 CPUs, 2 threads", RULE]
     lines += [f"{name}: {value}{'  (overridden)' * (name == 'seed')}" for name, value in settings.items()]
     lines += [RULE, "device: cpu, no CUDA GPU is here", "batch: 1 rank x 8 microbatches"]
     for step in range(5):
@@ -56,7 +56,7 @@ def run(capsys):
 
 def test_a_log_of_ours_is_read_as_it_stands(tmp_path):
     log = report.read_log(write(tmp_path, our_log(source="a = 1\n\nb = 2\n", seed=3)) / "round-01.txt")
-    assert log.source == "a = 1\n\nb = 2\n" and log.settings["seed"] == "3"
+    assert log.source == "a = 1\n\nb = 2" and log.settings["seed"] == "3"
     assert (log.loss, log.step, log.num_steps, log.seconds, log.step_avg) == (1.6, 4, 4, 0.4, 100.0)
     assert (log.peak, log.target, log.hardware) == (7, 1.7, "2 CPUs, 2 threads")
     assert log.target_step(3.7) == 2 and log.target_step(1.0) is None
@@ -72,7 +72,7 @@ def test_the_published_speedruns_figures_come_out(tmp_path, run):
     assert code == 0 and not err and "new, 2 x NVIDIA H100 80GB HBM3" in out
     assert re.search(r"loss 3\.2778 ± 0\.00\d\d, time 163\.04 ± 0\.19 s", out)
     assert re.search(r"loss 3\.2770 ± 0\.00\d\d, time 164\.45 ± 0\.21 s", out)
-    assert re.search(r"new against old, unpaired .*: faster by 1\.42 ± 0\.19 s \(0\.9914 ± 0\.0011 of the time", out)
+    assert "new against old, unpaired" in out and "faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of" in out
     assert out.count("the mean loss meets it: p ") == 2
 
 
@@ -82,10 +82,10 @@ BAD = {
     "part of a run: resumed: x": GOOD.replace("step:0/4 val", "resumed: x\nstep:0/4 val"),
     "cut: it has no last line": GOOD.partition("step:3/4 ")[0],
     "cut: it ends at step 4 of 9": our_log(loss=1.8, steps=9),
-    "steps are missing": re.sub("step:3/4 .*\n", "", GOOD),
-    "out of order": GOOD.replace("train_time:300ms", "train_time:30ms"),
+    "expected all steps": re.sub("step:3/4 .*\n", "", GOOD),
+    "in order": GOOD.replace("train_time:300ms", "train_time:30ms"),
+    "a validation at the end": re.sub("step:4/4 val_loss.*\n", "", GOOD),
     "expected whole step lines": GOOD.replace("val_loss:1.6000 train", "val_loss:nan train"),
-    "expected a validation after its last step, 4": re.sub("step:4/4 val_loss.*\n", "", GOOD),
     "not a whole log: expected": "shopping list\n",
     "cannot be read: 'utf-8' codec": None,
 }
@@ -101,11 +101,10 @@ def test_a_bad_log_is_named_and_left_out_and_the_rest_counts(tmp_path, run, what
     assert err.startswith(f"left out: {folder / 'round-01.txt'}: ") and what in err and err.count("\n") == 1
 
 
-def test_no_log_and_a_missing_log_are_errors(tmp_path, run):
-    code, out, err = run(tmp_path)
-    assert code == 1 and not out and "expected complete logs" in err
+def test_without_a_complete_log_the_exit_code_is_1(tmp_path, run):
     code, out, err = run(tmp_path / "none.txt")
-    assert code == 1 and "none.txt: cannot be read: No such file or directory." in err
+    assert code == 1 and not out and "none.txt: cannot be read: No such file or directory." in err
+    assert f"{tmp_path}: expected complete logs" in err
 
 
 @pytest.mark.parametrize("other, what", [
@@ -116,19 +115,13 @@ def test_no_log_and_a_missing_log_are_errors(tmp_path, run):
 def test_a_set_is_of_one_version(tmp_path, run, other, what):
     code, out, err = run(write(tmp_path, GOOD, other))
     assert code == 1 and not out and what in err and err.count("\n") == 1
-    assert run(tmp_path, "--mixed")[0] == (other is GOOD)
-
-
-def test_seeds_and_folders_of_logs_may_differ(tmp_path, run):
-    folder = write(tmp_path, our_log(seed=1), our_log(1.5, seed=2, log_dir="'x'"))
-    assert run(folder / "round-01.txt", folder / "round-02.txt")[0] == 0
 
 
 @pytest.fixture
 def race(tmp_path):
     """The folder of a race: b, the first, and a, in three rounds."""
     losses, times = (1.60, 1.50, 1.40), (100, 110, 120)
-    write(tmp_path / "race/b", *(our_log(x, ms, target=0.0) for x, ms in zip(losses, times)))
+    write(tmp_path / "race/b", *(our_log(x, ms, target=0.0, seed=ms) for x, ms in zip(losses, times)))
     write(tmp_path / "race/a", *(our_log(x + d, ms / 2 + e, target=0.0, mlp_dim=9)
                                  for x, ms, d, e in zip(losses, times, (0.01, 0.02, 0.03), (0, 0, 3))))
     (tmp_path / "race/race.json").write_text('{"versions": [{"label": "b"}, {"label": "a"}]}')
@@ -152,7 +145,8 @@ def test_rounds_that_only_one_version_has_are_not_paired(race, run):
     (race / "a/round-02.txt").unlink()
     assert "a against b, paired over 2 rounds" in run(race)[1]
     (race / "a/round-03.txt").unlink()
-    assert "paired over 1 rounds: too few runs to judge time: -0.20 s (0.5000 of the time); too few" in run(race)[1]
+    said = "paired over 1 rounds: too few runs to judge time: -0.20 s (0.5000 of the time); too few runs"
+    assert said in run(race)[1]
 
 
 def test_losses_are_compared_at_a_step(race, run):
@@ -163,16 +157,13 @@ def test_losses_are_compared_at_a_step(race, run):
 
 def test_runs_that_reach_a_target_are_counted(tmp_path, run):
     write(tmp_path, our_log(1.6), our_log(1.75))
-    assert "target 1.7: reached by 1 of 2, at step 4; the mean loss is not shown to meet it" in run(tmp_path)[1]
+    assert "target 1.7: reached by 1 of 2, at step 4; the mean loss is not shown to meet" in run(tmp_path)[1]
     assert "target 3.7: reached by 2 of 2, at step 2 to 4;" in run(tmp_path, "--target", 3.7)[1]
-
-
-def test_equal_losses_give_no_claim(tmp_path, run):
-    write(tmp_path, our_log(1.6, ms=90), our_log(1.6, ms=91))
+    write(tmp_path, our_log(1.6, ms=90), our_log(1.6, ms=91))  # equal losses: one seed, perhaps
     assert "the mean loss is not shown to meet it: p -," in run(tmp_path)[1]
 
 
-def test_times_of_other_hardware_and_ends_at_other_steps_are_pointed_out(tmp_path, run):
+def test_times_of_other_hardware_are_pointed_out(tmp_path, run):
     write(tmp_path / "old", our_log(), our_log(1.5))
     write(tmp_path / "new", our_log().replace("2 threads", "1 threads"))
     out = run(tmp_path / "new", "--vs", tmp_path / "old")[1]
@@ -207,16 +198,16 @@ def test_the_tables_are_what_the_logs_give(records, run):
     text = (records / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| 2026")]
     assert text.startswith("# Wider") and text.endswith("\n\nafter\n") and len(rows) == 3
-    assert rows[0].startswith("| 2026-02-03 | [Wider](2026-02-03_Two): b | 2 CPUs, 2 threads | 3 | 1.5000 ± 0.1000 | - |")
-    assert rows[2] == ("| 2026-01-02 | [one \\| run](2026-01-02_One) | 2 CPUs, 2 threads | 2 | 1.5500 ± 0.0707 | "
-                       "0.1 (1.7) | 2 of 2, at step 4 | 0.40 ± 0.00 | 100.0 ± 0.0 |")
+    assert rows[0].startswith("| 2026-02-03 | [Wider](2026-02-03_Two): b | 2 CPUs, 2 threads | 3 | 1.5000 ±")
+    assert rows[2] == ("| 2026-01-02 | [one \\| run](2026-01-02_One) | 2 CPUs, 2 threads | 2 | "
+                       "1.5500 ± 0.0707 | 0.1 (1.7) | 2 of 2, at step 4 | 0.40 ± 0.00 | 100.0 ± 0.0 |")
     assert re.search(r"\| a \| 3 \|.*\| faster by 0\.22", (records / "2026-02-03_Two/README.md").read_text())
     assert run("--leaderboard", records, "--check")[0] == 0
     for page in ("README.md", "2026-02-03_Two/README.md"):
         path = records / page
         text = path.read_text()
         path.write_text(text.replace("1.5000", "1.4000"))
-        assert f"{path}: its table is not what the logs give; run: " in run("--leaderboard", records, "--check")[2]
+        assert f"{path}: its table is not what" in run("--leaderboard", records, "--check")[2]
         path.write_text(text)
 
 
