@@ -110,13 +110,13 @@ def stage(version: Version, folder: Path, stack: contextlib.ExitStack) -> None:
     """Make `folder` the place where the version runs: a git worktree, or a copy of its script."""
     version.folder = folder
     if version.commit:
+        stack.callback(git, "worktree", "remove", "--force", folder)
         if git("worktree", "add", "--detach", "--quiet", folder, version.commit) is None:
             raise RaceError(f"{version.label}: git worktree add failed for {version.commit}.")
-        stack.callback(git, "worktree", "remove", "--force", folder)
     else:
         folder.mkdir()
         shutil.copyfile(version.script, folder / "train_gpt.py")
-        (folder / "data").symlink_to(ROOT / "data")  # so that the log has no path of this machine
+        (folder / "data").symlink_to(ROOT / "data")  # so that the log names no path of this machine
     for entry in (ROOT / "data").glob("*"):  # a worktree has no data that git ignores
         if not (folder / "data" / entry.name).exists():
             (folder / "data").mkdir(exist_ok=True)
