@@ -1,13 +1,12 @@
 """
-Build the demo's corpus: the source texts of the standard library of the Python that runs this.
+Build the demo's corpus from the source code of the standard library of the Python that runs this script.
 
     python data/demo_corpus.py [FOLDER]        # default: data/stdlib-VERSION beside this script
 
-Each text is a document: its UTF-8 bytes as ids 0-255, opened by BOS = 256. Every 16th module is held out
-for validation, cut at 2,048 bytes, so that a short validation covers most of them. Not included are tests
-(many distributions lack them), installed packages, and generated tables (character maps, help topics, build
-flags). The order is shuffled, always in the same way, so that any stretch is a mixture. Needs numpy and the
-standard library; shards.py beside this script writes the shards and their manifest.
+The tokens are UTF-8 bytes, 0 to 255, and BOS = 256. Each module is cut at line ends into documents of 640
+bytes or a little more. Every 16th module is held out for validation. Tests are left out, because many
+distributions do not have them, and so are installed packages and generated tables. The documents are
+shuffled in the same way each time, so that a version of Python always gives the same corpus.
 """
 
 import argparse
@@ -18,70 +17,64 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from shards import BYTES, Corpus, DataError, byte_document
+from shards import DataError, byte_document, new_corpus
 
 HELD_OUT = 16
-HELD_OUT_BYTES = 2048
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+# A microbatch of the demo takes 641 tokens (640 inputs and the last target), and the loader drops the rest of
+# the document in which it ends. With documents of 641 tokens and a few more, that is half a line.
+DOCUMENT_BYTES = 640
 
 
-def read_source(path: Path) -> bytes | None:
-    """A source file as UTF-8 bytes, whatever encoding it declares; None where it cannot be decoded."""
+def cut_at_line_ends(text: bytes, size: int) -> list[bytes]:
+    """Split a text at the first line end after each `size` bytes. The last part may be shorter."""
+    parts, part = [], b""
+    for line in text.splitlines(keepends=True):
+        part += line
+        if len(part) >= size:
+            parts.append(part)
+            part = b""
+    return [*parts, part] if part else parts
+
+
+def read_source(path: Path) -> bytes:
+    """A source file as UTF-8, whatever encoding it declares; empty if it cannot be decoded."""
     try:
         with tokenize.open(path) as file:
             return file.read().encode("utf-8")
     except (SyntaxError, UnicodeError):
-        return None
+        return b""
 
 
-def standard_library() -> dict[str, bytes]:
-    """Source texts by path below the library's folder, in path order, empty ones left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = sorted(
-        path.relative_to(root) for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata")
-    )
-    texts = {name.as_posix(): read_source(root / name) for name in names if not LEFT_OUT & set(name.parts)}
-    return {name: text for name, text in texts.items() if text}
+def standard_library(root: Path) -> list[bytes]:
+    """The source code of all modules below a folder, in the order of their paths."""
+    paths = sorted(path for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata"))
+    sources = [read_source(path) for path in paths if not LEFT_OUT & set(path.relative_to(root).parts)]
+    return [source for source in sources if source]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        default=Path(__file__).resolve().parent / f"stdlib-{platform.python_version()}",
-    )
-    folder = parser.parse_args().folder
-    texts = list(standard_library().values())
-    if len(texts) < 2 * HELD_OUT:
-        print(
-            f"{sysconfig.get_paths()['stdlib']}: expected the standard library's source texts, found "
-            f"{len(texts)}; use a Python that carries them.",
-            file=sys.stderr,
-        )
+    default = Path(__file__).resolve().parent / f"stdlib-{platform.python_version()}"
+    parser.add_argument("folder", nargs="?", type=Path, default=default)
+    folder, root = parser.parse_args().folder, Path(sysconfig.get_paths()["stdlib"])
+    modules = standard_library(root)
+    if len(modules) < 2 * HELD_OUT:
+        print(f"{root}: expected the source code of the standard library, found {len(modules)} modules; use "
+              "a Python that includes it.", file=sys.stderr)
         return 1
-    held_out = [text[:HELD_OUT_BYTES] for text in texts[::HELD_OUT]]
-    training = [text for i, text in enumerate(texts) if i % HELD_OUT]
-    shuffle = random.Random(0).shuffle
+    training = [module for i, module in enumerate(modules) if i % HELD_OUT]
     try:
-        with Corpus(folder, "stdlib", BYTES, overwrite=True) as corpus:
-            for writer, documents in ((corpus.val, held_out), (corpus.train, training)):
-                shuffle(documents)
+        with new_corpus(folder, "stdlib", overwrite=True) as writers:
+            for writer, part in zip(writers, (training, modules[::HELD_OUT])):
+                documents = [text for module in part for text in cut_at_line_ends(module, DOCUMENT_BYTES)]
+                random.Random(0).shuffle(documents)
                 for text in documents:
                     writer.add(byte_document(text))
-            shards = corpus.publish()
-        for name, shard in shards.items():
-            print(f"{folder / name}: {shard['documents']} documents, {shard['tokens']:,} tokens")
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"{error.filename or folder}: cannot write the demo's shards here: {error.strerror}; "
-            "set DATA_PATH to a folder where you may write.",
-            file=sys.stderr,
-        )
+                print(f"{writer.stem}: {writer.documents:,} documents, {writer.tokens:,} tokens")
+    except (DataError, OSError) as error:
+        print(f"{folder}: cannot write the demo's shards here: {error}; set DATA_PATH to a folder where you "
+              "may write.", file=sys.stderr)
         return 1
     return 0
 

@@ -1,224 +1,130 @@
 """
-Token shards and their manifest, as every tool in this folder that makes a corpus writes them. Needs numpy.
+Token shards: the files that train_gpt.py reads, and how the tools in this folder write them. Needs numpy.
 
-A shard is 256 little-endian int32 words of header (20240520, version 1, number of tokens, zeros) and then the
-tokens as uint16; every document opens with the tokenizer's BOS. NAME_train_000001.bin, NAME_train_000002.bin,
-... and NAME_val_000000.bin, ... lie in one folder, with a manifest of this form beside them:
-
-    {"format": 1, "tokenizer": "bytes", "vocab_size": 257, "bos_id": 256,
-     "shards": {"text_train_000001.bin": {"documents": 12, "tokens": 3456, "sha256": "..."}, ...}}
-
-A folder holds one corpus. It is written in a hidden folder within, and moved into place when it is whole.
-Whatever kills a writer before that leaves the folder as it was but for the hidden one, which the next writer
-removes. Validation shards go out first and come in last, since no run starts without them: a writer that is
-killed between two of its last renames leaves a folder without them, and never a mixture of two corpora.
+A shard is a header of 256 little-endian int32 words (20240520, version 1, number of tokens, zeros), followed
+by the tokens as uint16. Every document begins with the tokenizer's BOS. A folder holds one corpus:
+NAME_train_000001.bin, NAME_train_000002.bin, ... and NAME_val_000000.bin, ...
 """
 
 import contextlib
 import fcntl
-import hashlib
-import json
+import filecmp
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
-SHARD_TOKENS = 100_000_000  # of FineWeb's shards
-MOST_TOKENS = 2**31 - 1  # the header counts in int32
-MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
-STAGING = ".shards-"  # what the hidden folder's name begins with
-BLOCK_BYTES = 1 << 20
+SHARD_TOKENS = 100_000_000  # as in FineWeb's shards
+BYTES_BOS = 256  # where the other ids are bytes
 
 
 class DataError(Exception):
-    """Something that the person who makes a corpus can put right: one sentence, no traceback, exit code 1."""
-
-
-class Tokenizer(NamedTuple):
-    name: str
-    vocab_size: int  # ids that may occur, BOS included
-    bos_id: int
-
-
-BYTES = Tokenizer("bytes", 257, 256)
-GPT2 = Tokenizer("gpt2", 50_257, 50_256)
+    """An error that the user can correct: printed as one sentence, without a traceback."""
 
 
 def byte_document(text: bytes) -> np.ndarray:
     """BOS and the bytes of a text, uint16 [1 + len(text)]."""
-    tokens = np.empty(1 + len(text), dtype="<u2")
-    tokens[0] = BYTES.bos_id
-    tokens[1:] = np.frombuffer(text, np.uint8)
-    return tokens
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Holds the folder's lock while the body runs, where its file system has locks (some have none)."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the hidden folders of writers that were killed: those whose lock nobody holds."""
-    for left in folder.glob(f"{STAGING}*"):
-        with contextlib.suppress(OSError):  # it is gone, its writer lives, or nobody can tell
-            handle = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(handle)
+    return np.insert(np.frombuffer(text, np.uint8).astype("<u2"), 0, BYTES_BOS)
 
 
 class ShardWriter:
-    """Writes documents, in order, as the shards STEM_000001.bin, ... of a folder, in constant memory.
+    """Writes documents, in order, to the shards STEM_000001.bin, STEM_000002.bin, ... of a folder.
 
-    A document is never cut, since a loader that starts at each BOS would lose the rest: a shard ends before
-    the document that would take it beyond `limit` tokens. One that is longer by itself is a shard of its own.
+    A shard holds at most `limit` tokens. Documents are not split, because the loader would skip a part that
+    does not begin with BOS; a document longer than `limit` gets a shard of its own.
     """
 
     def __init__(self, folder: Path, stem: str, first: int, limit: int):
         self.folder, self.stem, self.number, self.limit = folder, stem, first, limit
-        self.file, self.tokens, self.documents = None, 0, 0  # of the shard that is being written
-        self.finished = {}  # by file name: documents, tokens, sha256
+        self.file, self.shard_tokens = None, 0  # the shard being written
+        self.documents, self.tokens = 0, 0  # in all shards
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append one document, uint16 [its BOS and tokens]. Raises OSError; DataError for 2^31 and more."""
-        if len(tokens) > MOST_TOKENS:
-            raise DataError(f"A document: expected at most {MOST_TOKENS:,} tokens, which a shard can hold, "
-                            f"found {len(tokens):,}; split it.")
-        if self.tokens and self.tokens + len(tokens) > self.limit:
-            self.finish_shard()
+        """Append one document, uint16, BOS first. Raises OSError."""
+        if self.shard_tokens + len(tokens) > self.limit:
+            self.finish()
         if self.file is None:
-            self.file = open(self.folder / f"{self.stem}_{self.number:06d}.bin", "wb", BLOCK_BYTES)
-            self.file.write(bytes(4 * HEADER_WORDS))  # the count follows
+            self.file = open(self.folder / f"{self.stem}_{self.number:06d}.bin", "wb", 1 << 20)
+            self.file.write(bytes(4 * HEADER_WORDS))  # overwritten when the count is known
         self.file.write(np.ascontiguousarray(tokens, dtype="<u2"))
+        self.shard_tokens += len(tokens)
         self.tokens += len(tokens)
         self.documents += 1
 
-    def finish_shard(self) -> None:
-        """Complete the shard that is being written, if any, with its header. Raises OSError."""
+    def finish(self) -> None:
+        """Write the header of the current shard, if there is one, and close it. Raises OSError."""
         if self.file is None:
             return
         header = np.zeros(HEADER_WORDS, dtype="<i4")
-        header[:3] = MAGIC, VERSION, self.tokens
+        header[:3] = MAGIC, VERSION, self.shard_tokens
         with self.file as file:
             file.seek(0)
             file.write(header)
             file.flush()
-            os.fsync(file.fileno())  # a rename may otherwise outlive a power cut that the tokens do not
-        path = Path(self.file.name)
-        self.finished[path.name] = dict(documents=self.documents, tokens=self.tokens, sha256=sha256(path))
-        self.file, self.tokens, self.documents, self.number = None, 0, 0, self.number + 1
-
-    def abandon(self) -> None:
-        """Close the file of an unfinished shard, whatever becomes of its last bytes."""
-        if self.file is not None:
-            with contextlib.suppress(OSError):
-                self.file.close()
+            os.fsync(file.fileno())  # a power cut after the rename must not leave an empty file
+        self.file, self.shard_tokens, self.number = None, 0, self.number + 1
 
 
-class Corpus:
-    """The shards of one corpus on their way into a folder; a context in which `train` and `val` are written.
+@contextlib.contextmanager
+def new_corpus(folder: Path, name: str, limit: int = SHARD_TOKENS, overwrite: bool = False):
+    """Yield two ShardWriters (train, val); publish their shards at the end of the `with` block.
 
-    Leaving the context without `publish` leaves the folder as it was. Of several writers at once, each has a
-    hidden folder of its own, and they publish one after another. Raises OSError where the folder cannot be
-    written, and DataError where it holds a corpus already, unless that has this name and `overwrite` is set.
+    Until then the shards are in the hidden folder `.partial`. After an exception the folder is as it was;
+    what a killed process leaves in `.partial` is removed by the next one. Writers of one folder take turns.
+    Raises OSError, and DataError if the folder holds shards and `overwrite` is not set, or another corpus.
     """
+    made_here = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    staging, lock = folder / ".partial", os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        check_free(folder, name, overwrite)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        train, val = (ShardWriter(staging, f"{name}_{split}", first, limit)
+                      for split, first in (("train", 1), ("val", 0)))
+        yield train, val
+        train.finish()
+        val.finish()
+        publish(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made_here:
+            with contextlib.suppress(OSError):  # not empty: the corpus is there
+                folder.rmdir()
+        os.close(lock)
 
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS,
-                 overwrite: bool = False):
-        self.folder, self.name, self.tokenizer = folder, name, tokenizer
-        self.shard_tokens, self.overwrite = shard_tokens, overwrite
 
-    def __enter__(self) -> "Corpus":
-        self.made_folder = not self.folder.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):  # so that nobody takes the new folder for a leftover before it is locked
-            self.check_free()
-            remove_leftovers(self.folder)
-            self.staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=self.folder))
-            self.alive = os.open(self.staging, os.O_RDONLY)
-            with contextlib.suppress(OSError):
-                fcntl.flock(self.alive, fcntl.LOCK_EX)
-        self.train = ShardWriter(self.staging, f"{self.name}_train", 1, self.shard_tokens)
-        self.val = ShardWriter(self.staging, f"{self.name}_val", 0, self.shard_tokens)
-        return self
+def shard_names(folder: Path) -> list[str]:
+    """Names of all shards in a folder, training first."""
+    return sorted(name for name in os.listdir(folder) if re.fullmatch(r".+_(train|val)_\d+\.bin", name))
 
-    def __exit__(self, *exception) -> None:
-        self.train.abandon()
-        self.val.abandon()
-        shutil.rmtree(self.staging, ignore_errors=True)
-        os.close(self.alive)
-        if self.made_folder:
-            with contextlib.suppress(OSError):  # it is not empty, and so of use
-                self.folder.rmdir()
 
-    def present(self, split: str = "train|val") -> list[str]:
-        """Names of the shards that the folder holds, whatever their corpus."""
-        return sorted(n for n in os.listdir(self.folder) if re.fullmatch(rf".+_({split})_\d{{6,}}\.bin", n))
+def check_free(folder: Path, name: str, overwrite: bool) -> None:
+    """Raise DataError if the shards of a corpus called `name` must not be written to the folder."""
+    for found in shard_names(folder):
+        if not found.startswith((f"{name}_train_", f"{name}_val_")):
+            raise DataError(f"{folder}: expected a folder without another corpus, found {found}; choose "
+                            "another folder.")
+        if not overwrite:
+            raise DataError(f"{folder}: expected a folder without shards, found {found}; choose another "
+                            "folder, or add --overwrite to replace them.")
 
-    def check_free(self) -> None:
-        """Raises DataError where the folder must not be written."""
-        found = self.present()
-        others = [name for name in found if not re.match(rf"{re.escape(self.name)}_(train|val)_", name)]
-        if others:
-            raise DataError(f"{self.folder}: expected a folder without another corpus, found {others[0]}; "
-                            "choose another folder.")
-        found += [MANIFEST] * (self.folder / MANIFEST).exists()
-        if found and not self.overwrite:
-            raise DataError(f"{self.folder}: expected a folder without shards, found {found[0]}; choose "
-                            "another folder, or add --overwrite to replace them.")
 
-    def publish(self) -> dict:
-        """Put shards and manifest in place, and return the manifest's `shards`, training first.
+def publish(staging: Path, folder: Path) -> None:
+    """Replace the folder's shards by those in `staging`, unless they are the same. Raises OSError.
 
-        Shards of an earlier corpus of this name go. Where the very same corpus is there already it stays
-        untouched, so that a run that is about to read it finds it. Raises OSError and DataError.
-        """
-        self.train.finish_shard()
-        self.val.finish_shard()
-        shards = self.train.finished | self.val.finished
-        content = dict(format=MANIFEST_FORMAT, tokenizer=self.tokenizer.name,
-                       vocab_size=self.tokenizer.vocab_size, bos_id=self.tokenizer.bos_id, shards=shards)
-        with open(self.staging / MANIFEST, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        with locked(self.folder):
-            self.check_free()  # again: another writer may have published meanwhile
-            if not self.is_there(shards):
-                for old in [*self.present("val"), MANIFEST, *self.present("train")]:
-                    (self.folder / old).unlink(missing_ok=True)
-                for new in [*self.train.finished, MANIFEST, *self.val.finished]:
-                    os.replace(self.staging / new, self.folder / new)
-        return shards
-
-    def is_there(self, shards: dict) -> bool:
-        """Whether the folder holds these very shards and their manifest."""
-        try:
-            same_manifest = (self.folder / MANIFEST).read_bytes() == (self.staging / MANIFEST).read_bytes()
-            return (same_manifest and self.present() == sorted(shards)
-                    and all(sha256(self.folder / name) == shard["sha256"] for name, shard in shards.items()))
-        except OSError:
-            return False
+    Validation shards are removed first and added last. No run starts without them, so that none can start on
+    a mixture of two corpora if this process is killed.
+    """
+    old, new = shard_names(folder), shard_names(staging)
+    if old == new == filecmp.cmpfiles(staging, folder, new, shallow=False)[0]:
+        return  # a run may be reading them
+    for name in reversed(old):
+        (folder / name).unlink()
+    for name in new:
+        os.replace(staging / name, folder / name)

@@ -1,7 +1,9 @@
 """What the tests share: the script as a module, small settings and models, shards on disk, and launches."""
 
+import multiprocessing.forkserver
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -24,7 +26,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = dict(
-    num_layers=12,
     model_dim=32,
     num_heads=2,
     mlp_dim=64,
@@ -33,7 +34,7 @@ SMALL = dict(
     bos_id=49,
     batch_tokens=512,
     microbatches=8,
-    max_piece_tokens=40,
+    max_seq_len=40,
     val_tokens=256,
     val_slice_tokens=64,
     num_iterations=6,
@@ -43,9 +44,11 @@ SMALL = dict(
     dtype="float32",
     torch_compile=False,
 )
-TINY = dict(batch_tokens=64, microbatches=2, max_piece_tokens=20, val_tokens=64, val_slice_tokens=32)
-# without the noise of rounding that test_optimizers.py tells of, and to the last step
-TINY |= dict(warmup_steps=0, scalar_lr_mult=0.01, target_loss=0.0, checkpoint_every=1)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test, the demo, begins first, so that it does not end alone."""
+    items.sort(key=lambda item: "demo_builds" not in item.name)
 
 
 @pytest.fixture
@@ -63,43 +66,9 @@ def data(small, tmp_path):
     return replace(small, device="cpu", log_dir=str(tmp_path / "logs"), **patterns)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Settings of a tiny run of six steps with a checkpoint after each; all tests read the same data."""
-    folder = tmp_path_factory.mktemp("data")
-    write_shard(folder / "train_0.bin", np.concatenate(random_documents(1, 200)))
-    write_shard(folder / "val_0.bin", np.concatenate(random_documents(2, 40)))
-    patterns = dict(train_files=str(folder / "train_*.bin"), val_files=str(folder / "val_*.bin"))
-    return replace(train_gpt.Settings(), **SMALL | TINY | patterns, device="cpu")
-
-
-@pytest.fixture
-def s(shared, tmp_path):
-    return replace(shared, log_dir=str(tmp_path / "logs"))
-
-
-@pytest.fixture(scope="module")
-def whole(shared, tmp_path_factory):
-    """whole(n): the folder for logs of n ranks' run that nothing happened to."""
-    from faults import Started  # which takes this file's functions
-
-    made = {}
-
-    def run(ranks=1):
-        if ranks not in made:
-            folder = tmp_path_factory.mktemp(f"whole{ranks}")
-            settings = replace(shared, log_dir=str(folder), checkpoint_keep=6)
-            started = Started(settings, folder, ranks=ranks)
-            assert started.wait() == [0] * ranks, started.text()
-            made[ranks] = folder
-        return made[ranks]
-
-    return run
-
-
-def fresh_model(s, seed=0):
+def fresh_model(s, seed=0, world_size=1):
     """A model on the CPU with its initial weights."""
-    model = train_gpt.GPT(s, train_gpt.plain_kernels())
+    model = train_gpt.GPT(s, train_gpt.Kernels(), world_size)
     train_gpt.init_weights(model, seed)
     return model
 
@@ -121,7 +90,8 @@ def random_documents(seed, count, longest=90, vocab_size=50, bos=49):
 def overrides(s):
     """The environment that makes these settings: those that are not the speedrun's."""
     values = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
-    return {"PRESET": "speedrun"} | {name.upper(): value for name, value in values.items()}
+    texts = {name.upper(): int(x) if isinstance(x, bool) else x for name, x in values.items()}
+    return {"PRESET": "speedrun"} | texts
 
 
 def environment(**changes):
@@ -135,18 +105,10 @@ def environment(**changes):
 
 def launch(*arguments, nproc=1, cwd=None, timeout=120, script=ROOT / "train_gpt.py", **changes):
     """Run a script as a user would: plain Python for one process, else torchrun; returns what it did."""
-    start = (
-        [sys.executable]
-        if nproc == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [sys.executable, *(torchrun if nproc > 1 else []), str(script), *map(str, arguments)]
     return subprocess.run(
-        [*start, str(script), *map(str, arguments)],
-        env=environment(**changes),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+        command, env=environment(**changes), cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -160,3 +122,85 @@ def run_main(monkeypatch, capfd):
         return code, *capfd.readouterr()
 
     return run
+
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["conftest"])
+
+
+class Run:
+    """A run of main(), a process a rank, forked by a server that has loaded PyTorch: it starts in no time.
+
+    faults: functions, each called with the rank before main(). What rank r prints goes to printed_r beside
+    LOG_DIR.
+    """
+
+    def __init__(self, s, *faults, ranks=1, **changes):
+        folder = Path(s.log_dir).parent
+        with pytest.MonkeyPatch.context() as patch:  # a path on which the server finds this file
+            patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+            multiprocessing.forkserver.ensure_running()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.printed, self.processes = [folder / f"printed_{rank}" for rank in range(ranks)], []
+        for rank, printed in enumerate(self.printed):
+            world = dict(RANK=rank, WORLD_SIZE=ranks, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=ranks)
+            world |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            environ = environment(**overrides(s) | (world if ranks > 1 else {}) | changes)
+            printed.write_bytes(b"")
+            process = server.Process(target=forked, args=(rank, environ, printed, faults), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, timeout=60):
+        """Exit codes, negative for signals. Fails if a rank is still there after `timeout` seconds."""
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        assert None not in codes, f"still running: {codes}\n{self.text()}"
+        return codes
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def text(self):
+        return "".join(path.read_text(encoding="utf-8", errors="replace") for path in self.printed)
+
+
+def ran(s, *faults, ranks=1, code=0, **changes):
+    """What a run printed, all of whose ranks ended with this exit code."""
+    run = Run(s, *faults, ranks=ranks, **changes)
+    codes = run.wait()
+    assert codes == [code] * ranks, f"{codes}\n{run.text()}"
+    return run.text()
+
+
+def forked(rank, environ, printed, faults):
+    """A rank of a Run."""
+    out = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(out, number)
+        setattr(sys, name, open(number, "w", encoding="utf-8", closefd=False))
+    os.chdir(printed.parent)
+    os.environ.clear()
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    for fault in faults:
+        fault(rank)
+    sys.exit(train_gpt.main([]))
+
+
+def before(owner, name, hook):
+    """Have hook(*its arguments) called before a function of a module or class."""
+    real = getattr(owner, name)
+
+    def hooked(*args, **kwargs):
+        hook(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, hooked)

@@ -1,171 +1,158 @@
-"""The head's loss and Newton-Schulz, against float64 formulas, and the choice of kernels."""
+"""The kernels against float64 formulas, their choice, and their compilation for Hopper.
 
-import math
+Without a GPU the Triton kernels run in Triton's interpreter on the CPU (conftest.py sees to it). Run as a
+program, this file compiles each of them for sm_90a, without a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, environment
+from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
+pytest.importorskip("triton")
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class RoundedByTorch:
+    """A kernel whose float8 results PyTorch rounds: the interpreter loses a carry into the exponent."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            wide = [x.float() if getattr(x, "dtype", None) in FLOAT8 else x for x in args]
+            self.kernel[grid](*wide, **constants)
+            for x, result in zip(args, wide):
+                if result is not x:
+                    x.copy_(result)
+
+        return launch
+
+
+@pytest.fixture(autouse=DEVICE == "cpu")
+def interpreter(monkeypatch):
+    """What the interpreter lacks: exact rounding to float8, and a GPU's driver, which times tiles."""
+    for name in ("cast_fp8_kernel", "softcap_grad_kernel"):
+        monkeypatch.setattr(train_gpt, name, RoundedByTorch(getattr(train_gpt, name)))
+    monkeypatch.setitem(vars(train_gpt.XXT_kernel), "do_bench", lambda call, quantiles: [1.0] * 3)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found, exact):
+    return ((found.cpu().double() - exact).norm() / exact.norm()).item()
+
+
 # ---------------------------------------------------------------------------------------------------
-# Head
+# Loss of the head
 
 
-def head_loss_by_formula(x, weight, targets):
-    """Cross-entropy of 30 * sigmoid(logits / 7.5), token by token in float64, and summed."""
-    total = x.new_zeros((), dtype=torch.float64)
-    for row, target in zip(x.double(), targets.tolist()):
-        logits = 30 / (1 + torch.exp(-(weight.double() @ row) / 7.5))
-        total = total + torch.log(torch.exp(logits - logits.max()).sum()) + logits.max() - logits[target]
-    return total
+def exact_losses(logits, targets):
+    """Cross-entropy of each row of 30 * sigmoid(logits / 7.5), in float64."""
+    z = 30 * torch.sigmoid(logits.double() / 7.5)
+    return z.exp().sum(1).log() - z.gather(1, targets[:, None])[:, 0]
 
 
-def head_case(num_tokens, dim=6, vocab=11, seed=0, size=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, dim, generator=generator)
-    weight = size * torch.randn(vocab, dim, generator=generator)  # logits far into the bend of the softcap
-    return x, weight, torch.randint(vocab, (num_tokens,), generator=generator)
+def test_the_plain_loss_is_softcapped_in_float32_whatever_the_dtype():
+    """Only products are rounded to bfloat16: a loss softcapped in it would be off by about 1 %."""
+    x, weight, targets = normal(130, 32).bfloat16(), 0.5 * normal(70, 32, seed=1), torch.arange(130) % 70
+    loss = train_gpt.softcapped_loss(x, weight, targets)  # the weight is the float32 master
+    logits = x @ weight.bfloat16().T
+    assert loss.dtype == torch.float32 and relative(loss, exact_losses(logits, targets).sum()) < 2e-5
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 37])
-def test_the_head_loss_is_the_sum_over_tokens_of_the_softcapped_cross_entropy(num_tokens):
-    x, weight, targets = head_case(num_tokens)
-    loss = train_gpt.softcapped_head_loss(x, weight, targets)
-    assert loss.dtype == torch.float32 and loss.shape == ()
-    torch.testing.assert_close(loss.double(), head_loss_by_formula(x, weight, targets), rtol=1e-5, atol=0)
+@pytest.mark.filterwarnings("ignore:overflow")  # to infinity, whose reciprocal is right
+@pytest.mark.parametrize("rows, columns", [(1, 2), (65, 130), (3, 4100)])
+def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, columns):
+    logits, targets = 15 * normal(rows, columns), torch.arange(rows) % columns
+    logits[0] = torch.where(torch.arange(columns) % 2 == 0, 1e4, -1e4)  # far beyond the softcap
+    leaf = logits.double().requires_grad_()
+    exact = exact_losses(leaf, targets)
+    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
+    losses, log_sums = train_gpt.softcap_loss(logits, targets)
+    torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    out, out_t = train_gpt.empty_pair(logits, torch.float32)
+    train_gpt.softcap_grad_kernel[train_gpt.tile_grid(logits)](
+        logits, targets, log_sums, 7.0, out.fill_(torch.nan), out_t.fill_(torch.nan), rows, columns,
+        train_gpt.EXP, train_gpt.RATE, **train_gpt.TILE)
+    grads = 7 * torch.autograd.grad(exact.sum(), leaf)[0]
+    torch.testing.assert_close(out.cpu().double(), grads, rtol=1e-4, atol=1e-5)
+    assert torch.equal(out_t.T, out)
 
 
-def test_the_softcap_bounds_the_loss_of_a_token_by_30_nats_and_the_vocabulary():
-    """Logits of any size come to between 0 and 30, so the worst is 30 + log(1 + (V - 1) / e^30)."""
-    x, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0], [-1.0]])
-    worst = train_gpt.softcapped_head_loss(x, weight, torch.tensor([1])).item()
-    assert worst == pytest.approx(30.0, abs=1e-4)
-    assert train_gpt.softcapped_head_loss(x, weight, torch.tensor([0])).item() == pytest.approx(0.0, abs=1e-4)
+def test_cast_fp8_divides_by_the_scale_clamps_and_transposes():
+    x = 100 * normal(65, 130)
+    x[0, :2] = torch.tensor([1e9, -1e9])
+    out, out_t = train_gpt.cast_fp8(x.to(DEVICE), 0.25)
+    assert torch.equal(out.cpu().float(), (4 * x).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert torch.equal(out_t.float(), out.float().T) and out_t.is_contiguous()
 
 
-def test_a_zero_head_is_indifferent():
-    x, weight, targets = head_case(5, vocab=13)
-    loss = train_gpt.softcapped_head_loss(x, torch.zeros_like(weight), targets)
-    assert loss.item() == pytest.approx(5 * math.log(13), rel=1e-6)
+def test_the_float8_head_is_the_formula_on_rounded_factors():
+    """Scales: sqrt(D) / 448 for the input, 2^-9 for the weight, both e4m3; 1 / 448 for the gradient, e5m2."""
+    def rounded(x, scale, dtype):
+        return (x.float() / scale).to(dtype).double() * scale
 
-
-def test_the_head_loss_has_the_gradients_of_its_formula():
-    inputs = head_case(19)
-    grads = []
-    for function, dtype in (
-        (train_gpt.softcapped_head_loss, torch.float32),
-        (head_loss_by_formula, torch.float64),
-    ):
-        x, weight = (t.to(dtype).requires_grad_() for t in inputs[:2])
-        grads.append([g.double() for g in torch.autograd.grad(function(x, weight, inputs[2]), (x, weight))])
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_tokens", [100, 8192, 8193, 20_001])
-def test_without_gradients_the_head_loss_is_the_same_at_every_length(num_tokens):
-    """The chunks of the path without gradients leave out no token and count none twice."""
-    x, weight, targets = head_case(num_tokens, dim=2, vocab=5)
-    with_gradients = train_gpt.softcapped_head_loss(x, weight, targets)
-    with torch.no_grad():
-        without = train_gpt.softcapped_head_loss(x, weight, targets)
-    torch.testing.assert_close(without, with_gradients, rtol=1e-5, atol=0)
-    logits = 30 * torch.sigmoid(x.double() @ weight.double().T / 7.5)
-    expected = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).sum()
-    torch.testing.assert_close(without.double(), expected, rtol=1e-5, atol=0)
-
-
-def test_the_head_loss_of_bfloat16_is_float32_and_softcaps_in_float32():
-    """Only the product is rounded to bfloat16; a loss softcapped in bfloat16 would be off by about 1 %."""
-    x, weight, targets = head_case(200, size=1.0)
-    x = x.bfloat16()
-    loss = train_gpt.softcapped_head_loss(x, weight, targets)  # the weight is the float32 master
-    logits = 30 * torch.sigmoid((x @ weight.bfloat16().T).double() / 7.5)
-    expected = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).sum()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
+    x, weight = train_gpt.norm(normal(48, 32)).bfloat16(), 0.1 * normal(80, 32, seed=1)
+    leaves, targets = [t.to(DEVICE).requires_grad_() for t in (x, weight)], torch.arange(48) % 5
+    loss = train_gpt.Float8HeadLoss.apply(*leaves, targets.to(DEVICE))
+    x_grad, weight_grad = (t.cpu() for t in torch.autograd.grad(loss / 8, leaves))
+    x8, w8 = rounded(x, 32**0.5 / 448, FLOAT8[0]), rounded(weight, 2.0**-9, FLOAT8[0])
+    logits = (x8 @ w8.T).bfloat16().double().requires_grad_()
+    exact = exact_losses(logits, targets).sum()
+    grad = rounded(torch.autograd.grad(exact, logits)[0], 1 / 448, FLOAT8[1]) / 8  # not before it is rounded
+    assert relative(loss.detach(), exact.detach()) < (1e-5 if DEVICE == "cpu" else 2e-4)
+    assert x_grad.dtype == torch.bfloat16 and relative(x_grad, grad @ w8) < 0.01
+    assert weight_grad.dtype == torch.float32 and relative(weight_grad, grad.T @ x8) < 0.005
 
 
 # ---------------------------------------------------------------------------------------------------
 # Newton-Schulz
 
 
-def matrix_with(values, rows, cols, seed=0):
-    """U, V and U diag(values) V^T in float64, with random orthonormal columns in U and V."""
-    generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("tile", train_gpt.XXT_TILES, ids=str)
+@pytest.mark.parametrize("rows, cols", [(3, 5), (130, 150)])
+def test_every_tile_gives_the_product_and_its_mirror(tile, rows, cols):
+    x, base = normal(2, rows, cols).to(DEVICE), normal(2, rows, rows, seed=1).to(DEVICE)
+    base, blocks = base + base.mT, -(-rows // tile.kwargs["BLOCK"])
+    kernel = train_gpt.XXT_kernel.fn[blocks, blocks, 2]
+    for add in (False, True):
+        out = torch.full_like(base, torch.nan)
+        kernel(x, base, out, rows, cols, 0.5, -2.0, add, **tile.kwargs)
+        exact = 0.5 * x.cpu().double() @ x.cpu().double().mT - 2 * add * base.cpu().double()
+        assert relative(out, exact) < 1e-6
+        assert torch.equal(out[:, 128:, :128], out[:, :128, 128:].mT)
 
-    def orthonormal(n):
-        return torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64)).Q
 
-    u, v = orthonormal(rows), orthonormal(cols)
-    return u, v, u @ torch.diag(values) @ v.T
-
-
-def quintic(values):
-    """Singular values after five steps: the quintic of the Frobenius-normalised ones."""
-    x = values / (values.square().sum().sqrt() + 1e-7)
+@pytest.mark.parametrize("XXT", [train_gpt.XXT, train_gpt.symmetric_XXT])
+@pytest.mark.parametrize("rows, cols", [(12, 12), (24, 8), (8, 24)])
+def test_newton_schulz_is_five_steps_of_the_quintic_on_the_singular_values_of_each_matrix(rows, cols, XXT):
+    values = torch.logspace(-2, 0.5, min(rows, cols), dtype=torch.float64)
+    u, v = (torch.linalg.qr(normal(n, len(values), seed=n).double()).Q for n in (rows, cols))
+    matrix = (u * values) @ v.T
+    stack = torch.stack((matrix, torch.zeros_like(matrix), -1000 * matrix))  # each on its own
+    found = train_gpt.newton_schulz(stack.float().to(DEVICE), torch.float32, XXT).cpu()
+    values = values / values.norm()
     for _ in range(5):
-        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    return x
-
-
-SHAPES = [(12, 12), (24, 8), (8, 24)]
-
-
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_newton_schulz_is_five_steps_of_the_quintic_on_the_singular_values(rows, cols):
-    values = torch.logspace(-3, 0.5, min(rows, cols), dtype=torch.float64)
-    u, v, matrix = matrix_with(values, rows, cols)
-    result = train_gpt.newton_schulz(matrix, torch.float64)
-    torch.testing.assert_close(result, u @ torch.diag(quintic(values)) @ v.T, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_newton_schulz_keeps_singular_vectors_and_brings_the_values_near_one(rows, cols, dtype, tolerance):
-    values = torch.linspace(0.5, 2.0, min(rows, cols), dtype=torch.float64)
-    u, v, matrix = matrix_with(values, rows, cols, seed=1)
-    result = train_gpt.newton_schulz(matrix, dtype)
-    assert result.dtype == dtype and result.shape == (rows, cols)
-    inner = u.T @ result.double() @ v
-    assert inner.diagonal().min() > 0.6 and inner.diagonal().max() < 1.3
-    assert (inner - torch.diag(inner.diagonal())).abs().max() < tolerance
-    outside = result.double() - u @ inner @ v.T  # nothing beyond the row and column spaces
-    assert outside.abs().max() < tolerance
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_newton_schulz_does_not_see_the_scale_of_a_matrix(scale):
-    _, _, matrix = matrix_with(torch.linspace(0.5, 2.0, 8, dtype=torch.float64), 8, 16)
-    torch.testing.assert_close(
-        train_gpt.newton_schulz(scale * matrix, torch.float64),
-        train_gpt.newton_schulz(matrix, torch.float64),
-        rtol=0,
-        atol=1e-3,
-    )
-
-
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_each_matrix_of_a_stack_is_orthogonalised_on_its_own(rows, cols):
-    """As for q, k, v and output projection in one bank: neither neighbours nor their sizes matter."""
-    stack = torch.randn(2, 3, rows, cols, generator=torch.Generator().manual_seed(2))
-    stack = stack * torch.tensor([1.0, 100.0, 0.01]).view(3, 1, 1)
-    together = train_gpt.newton_schulz(stack, torch.float32)
-    for i in range(2):
-        for j in range(3):
-            alone = train_gpt.newton_schulz(stack[i, j].clone(), torch.float32)
-            torch.testing.assert_close(together[i, j], alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, cols", SHAPES)
-def test_zero_stays_zero_and_does_not_spoil_its_neighbours(rows, cols, dtype):
-    stack = torch.randn(2, rows, cols, generator=torch.Generator().manual_seed(3))
-    stack[0] = 0
-    result = train_gpt.newton_schulz(stack, dtype)
-    assert torch.equal(result[0], torch.zeros(rows, cols, dtype=dtype))
-    assert result[1].isfinite().all() and result[1].float().norm() > 1
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert relative(found[0], (u * values) @ v.T) < 1e-4 and relative(found[2], -(u * values) @ v.T) < 1e-4
+    assert not found[1].any(), "zero stays zero"
 
 
 def test_a_tall_matrix_takes_no_more_work_than_a_wide_one():
@@ -178,66 +165,163 @@ def test_a_tall_matrix_takes_no_more_work_than_a_wide_one():
     assert work[0] == work[1] > 0
 
 
-def test_newton_schulz_leaves_its_argument_alone():
-    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
-    before = matrix.clone()
-    train_gpt.newton_schulz(matrix, torch.float32)
-    assert torch.equal(matrix, before)
-
-
 # ---------------------------------------------------------------------------------------------------
 # The choice
 
 
-def test_the_cpu_gets_the_plain_kernel_of_every_kind_and_the_reason():
-    kernels, reasons = train_gpt.choose_kernels(torch.device("cpu"), train_gpt.Settings())
-    plain = (train_gpt.banded_plan, train_gpt.banded_attention, train_gpt.softcapped_head_loss)
-    assert kernels == (*plain, train_gpt.newton_schulz)
-    for subject in ("attention", "head", "newton_schulz"):
-        assert any(line.startswith(f"{subject}: ") and "cpu" in line for line in reasons), subject
+class OnCPU(TorchFunctionMode):
+    """What is meant for a GPU is made on, and moved to, the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args = [CPU if isinstance(x, torch.device) else x for x in args]
+        kwargs = {name: CPU if isinstance(x, torch.device) else x for name, x in (kwargs or {}).items()}
+        return function(*args, **kwargs)
 
 
-def missing():
-    raise ImportError("no such package\nand more")
+def plain_varlen(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, *, scale, window_size, **_):
+    """What PyTorch documents of varlen_attn, for the causal windows of the model."""
+    assert cu_seqlens is cu_seqlens_k and longest == longest_k >= cu_seqlens.diff().max()
+    assert window_size[1] == 0
+    mask = train_gpt.banded_mask(cu_seqlens, len(q), window_size[0], longest, q.dtype)
+    return train_gpt.banded_attention(q, k, v, mask, scale)
 
 
-@pytest.mark.parametrize(
-    "candidates, name, reason",
-    [
-        ([("fast", lambda: {"k": 1}, lambda kernels: 0.01, 0.03)], "fast", "1.0e-02 from plain PyTorch"),
-        ([("absent", missing, None, 0.03), ("next", lambda: {"k": 1}, lambda kernels: 0.0, 0.03)], "next",
-         "absent: ImportError, no such package"),
-        ([("wrong", lambda: {"k": 1}, lambda kernels: 0.04, 0.03)], "plain one", "wrong: 4.0e-02 from plain"),
-        ([("wild", lambda: {"k": 1}, lambda kernels: math.nan, 0.03)], "plain one", "wild: nan from plain"),
-        ([("broken", lambda: {"k": 1}, lambda kernels: 1 / 0, 0.03)], "plain one", "broken: ZeroDivision"),
-        ([], "plain one", "in plain PyTorch"),
-    ],
-)
-def test_the_first_kernel_that_agrees_is_taken_and_the_log_says_why(candidates, name, reason):
-    kernels, chosen, why = train_gpt.first_that_agrees(candidates, "plain one", CPU)
-    assert (chosen, kernels) == (name, {} if name == "plain one" else {"k": 1})
-    assert reason in why and "\n" not in why
+def head_of(change):
+    return lambda *case: change(train_gpt.softcapped_loss(*case))
 
 
-def test_a_candidate_that_breaks_the_device_ends_the_run_by_its_name(monkeypatch):
-    """An illegal access of memory, say, after which a GPU does nothing more for its process."""
-    def broken(*_, **__):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "tensor", broken)
-        with pytest.raises(RuntimeError, match="wild failed .ZeroDivisionError, .*, and cpu does not work"):
-            train_gpt.first_that_agrees([("wild", dict, lambda kernels: 1 / 0, 1.0)], "plain", CPU)
+def test_flash_attention_gets_the_window_and_the_documents_of_the_plain_one(monkeypatch):
+    """The check before a run would not see a window that is too short by one token of 384."""
+    monkeypatch.setattr(varlen, "varlen_attn", create_autospec(varlen.varlen_attn, side_effect=plain_varlen))
+    q, k, v = normal(3, 30, 2, 8)
+    case = torch.tensor([0, 9, 30, 30], dtype=torch.int32), 30, 4, 21, torch.float32
+    found = train_gpt.flash_attention(q, k, v, train_gpt.varlen_args(*case), 0.5)
+    assert torch.equal(found, train_gpt.banded_attention(q, k, v, train_gpt.banded_mask(*case), 0.5))
 
 
-def test_the_distance_of_two_functions_is_that_of_their_results_or_of_their_gradients():
-    x = torch.tensor([3.0, 4.0])
-    assert train_gpt.distance(lambda x: x, lambda x: x, x) == 0
-    assert train_gpt.distance(lambda x: 1.5 * x, lambda x: x, x, gradients=False) == pytest.approx(0.5)
-    # the same result, with twice the gradient
-    assert train_gpt.distance(lambda x: 2 * x - x.detach(), lambda x: x, x) == pytest.approx(1.0)
-    assert train_gpt.distance(lambda x: x / 0, lambda x: x, x) == math.inf
-    assert train_gpt.distance(lambda x: x * math.nan, lambda x: x, x) > 1e30
-    with torch.no_grad():  # as where text is drawn
-        assert train_gpt.distance(lambda x: 2 * x - x.detach(), lambda x: x, x) == pytest.approx(1.0)
-    assert x.grad is None and not x.requires_grad
+@pytest.fixture
+def choose(small, monkeypatch):
+    """choose(s, **changes): what a fake H100 takes, and the three lines, once functions are replaced."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
+    real_varlen = varlen.varlen_attn
+
+    def run(s=small, attention=plain_varlen, compiled=lambda f: f, XXT=train_gpt.symmetric_XXT):
+        s = replace(s, torch_compile=True)
+        # with the signature of the real one
+        monkeypatch.setattr(varlen, "varlen_attn", create_autospec(real_varlen, side_effect=attention))
+        monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled(function))
+        monkeypatch.setattr(train_gpt, "symmetric_XXT", XXT)
+        with OnCPU():
+            kernels, lines = train_gpt.choose_kernels(torch.device("cuda"), s)
+        assert [line.split(":")[0] for line in lines] == ["attention", "head", "Newton-Schulz"]
+        return kernels, lines
+
+    return run
+
+
+def test_fast_kernels_that_agree_are_taken(choose):
+    kernels, lines = choose(compiled=lambda function: head_of(lambda x: x))
+    fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, train_gpt.symmetric_XXT
+    assert kernels == fast and kernels.head_loss is not train_gpt.softcapped_loss
+    assert not [line for line in lines if "WARNING" in line] and "FlashAttention 3" in lines[0]
+
+
+def missing(*_, **__):
+    raise ImportError("no such kernel")
+
+
+DISAGREEING = [  # the line that tells, the kernel that stays plain, the fast one instead, what is found
+    (0, "attention", dict(attention=missing), "no such kernel"),
+    (0, "attention", dict(attention=lambda *qkv, **more: 1.2 * plain_varlen(*qkv, **more)), "e-01 from"),
+    (1, "head_loss", dict(compiled=lambda f: head_of(lambda x: 1.3 * x - 0.3 * x.detach())), "e-01 from"),
+    (1, "head_loss", dict(compiled=lambda f: head_of(lambda x: x * torch.nan)), "inf from"),
+    (2, "XXT", dict(XXT=lambda X, **more: 1.2 * train_gpt.XXT(X, **more)), "e-01 from"),
+]
+
+
+@pytest.mark.parametrize("line, field, changes, found", DISAGREEING)
+def test_a_fast_kernel_that_fails_or_disagrees_is_not_taken(choose, line, field, changes, found):
+    kernels, lines = choose(**changes)
+    assert getattr(kernels, field) is getattr(train_gpt.Kernels(), field)
+    assert [i for i, text in enumerate(lines) if "WARNING: plain PyTorch" in text] == [line]
+    assert found in lines[line]
+
+
+@pytest.mark.parametrize("changes, capability, fp8", [
+    ({}, (9, 0), True), ({}, (8, 9), True), ({}, (8, 0), False), (dict(fp8_head=False), (9, 0), False),
+    (dict(dtype="float32"), (9, 0), False), (dict(vocab_multiple=8), (9, 0), False)])
+def test_float8_is_used_where_it_can_be(choose, small, monkeypatch, changes, capability, fp8):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    s = replace(small, **dict(dtype="bfloat16", vocab_multiple=16) | changes)
+    kernels, lines = choose(s, XXT=train_gpt.XXT)
+    expected = train_gpt.Float8HeadLoss.apply if fp8 else train_gpt.softcapped_loss
+    assert kernels.head_loss == expected and ("float8" in lines[1]) == fp8
+
+
+def test_without_flash_attention_3_a_hopper_says_loudly_how_to_install_it(choose, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", missing)
+    kernels, lines = choose()
+    assert "WARNING" in lines[0] and "pip install flash-attn-3" in lines[0]
+    assert kernels.attention is train_gpt.flash_attention
+
+
+# ---------------------------------------------------------------------------------------------------
+# Compilation
+
+
+def compile_for_hopper(folder):
+    """Compile every kernel as the script launches it; prints what came of each as JSON."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
+    from triton.compiler import ASTSource, compile
+
+    constants = dict(EXP=train_gpt.EXP, RATE=train_gpt.RATE)
+    tile = {name: value for name, value in train_gpt.TILE.items() if name != "num_warps"}
+    loss = dict(logits="*bf16", targets="*i64", losses="*fp32", log_sums="*fp32", num_columns="i32")
+    grad = loss | dict(scale="fp32", grads="*fp8e5", grads_t="*fp8e5", num_rows="i32")
+    cast = dict(x="*bf16", out="*fp8e4nv", out_t="*fp8e4nv", factor="fp32", num_rows="i32", num_columns="i32")
+    XXT = dict(x="*bf16", base="*bf16", out="*bf16", rows="i32", cols="i32", alpha="fp32", beta="fp32")
+    builds = [("loss", train_gpt.softcap_loss_kernel, loss, constants | dict(BLOCK=4096), dict(num_warps=8))]
+    for name, kernel, types, given in (
+        ("grad", train_gpt.softcap_grad_kernel, grad, constants | tile),
+        ("cast", train_gpt.cast_fp8_kernel, cast, tile),
+        ("cast", train_gpt.cast_fp8_kernel, cast | dict(x="*fp32"), tile),
+    ):
+        builds.append((name, kernel, types, given, dict(num_warps=train_gpt.TILE["num_warps"])))
+    for config in train_gpt.XXT_TILES:
+        for add in (False, True):
+            options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+            builds.append(("XXT", train_gpt.XXT_kernel.fn, XXT, config.kwargs | dict(ADD=add), options))
+    found = []
+    for name, kernel, types, given, options in builds:
+        signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names)
+                   if signature[argument].startswith("*") or signature[argument] == "i32"}
+        built = compile(ASTSource(kernel, signature, given, aligned), GPUTarget("cuda", 90, 32), options)
+        ptx = folder / "kernel.ptx"
+        ptx.write_text(built.asm["ptx"])
+        ptxas = Path(compiler.__file__).parent / "bin" / "ptxas"
+        done = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", ptx, "-o", folder / "kernel.cubin"],
+                              capture_output=True, text=True, check=True)
+        found.append((name, built.metadata.shared, built.asm["ptx"], done.stderr))
+    print(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_hopper_without_spills_or_slow_divisions(tmp_path):
+    changes = dict(TRITON_INTERPRET=0, TRITON_CACHE_DIR=tmp_path)
+    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True,
+                          env=environment(**changes))
+    assert done.returncode == 0, done.stderr[-2000:]
+    builds = json.loads(done.stdout)
+    assert len(builds) == 4 + 2 * len(train_gpt.XXT_TILES)
+    for name, shared, ptx, report in builds:
+        assert "0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
+        assert shared <= 227 << 10, name  # what a block of a Hopper GPU may have
+        assert not [word for word in ("div.full", "div.rn", "sqrt.rn") if word in ptx], name
+        assert ("wgmma" in ptx) == (name == "XXT"), "products use Hopper's own instruction"
+
+
+if __name__ == "__main__":
+    compile_for_hopper(Path(sys.argv[1]))
