@@ -162,7 +162,7 @@ class Block(NamedTuple):
     long_window: bool
 
 def parse_layout(s: Settings) -> list[Block]:
-    """The network's blocks, from the three layout strings."""
+    """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120)."""
     blocks = []
     for word, table, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
         stages = [stage.replace("+", "") for stage in re.findall(r"[AM](?:\+[AM])*", word)]
@@ -174,8 +174,8 @@ def world_size_problem(s: Settings, world_size: int) -> str:
     parts = s.num_microbatches(world_size)
     if parts % world_size == s.batch_tokens % (16 * parts) == s.padded_vocab % world_size == 0:
         return ""
-    return (f"NPROC: expected a divisor of MICROBATCHES={s.microbatches} (or more, of BATCH_TOKENS="
-            f"{s.batch_tokens} / 16) and of the padded vocabulary, {s.padded_vocab}, found {world_size}.")
+    return (f"NPROC: expected ranks that share {parts} microbatches (equal multiples of 16 of BATCH_TOKENS="
+            f"{s.batch_tokens}) and a padded vocabulary of {s.padded_vocab} ids equally, found {world_size}.")
 
 def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
@@ -806,8 +806,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 # Data: token shards, the packing plan, the loader's thread, validation
 #
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as uint16.
-# Before step 0, plan_packing reads and checks every token that the run needs, and records which document
-# opens each microbatch. The loader, a resumed run and the log all read that record.
+# Before step 0, plan_packing checks every token that the run needs, and records where each microbatch begins.
 
 SHARD_KIND, HEADER_BYTES = [20240520, 1], 1024
 REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
@@ -833,9 +832,9 @@ class TokenShard:
         """Tokens start to end, uint16. Raises UserError if the file lacks them or an id is out of range."""
         tokens = np.fromfile(self.path, "<u2", count=end - start, offset=HEADER_BYTES + 2 * start)
         self.expect(len(tokens) == end - start, f"tokens {start:,} to {end:,}", f"{len(tokens):,} of them")
-        wrong = np.flatnonzero(tokens >= self.vocab_size)[:1]
-        self.expect(not len(wrong), f"ids below VOCAB_SIZE={self.vocab_size}",
-                    f"{tokens[wrong]} at token {start + wrong}", OTHER_IDS)
+        for i in np.flatnonzero(tokens >= self.vocab_size)[:1]:
+            found = f"{tokens[i]} at token {start + i:,}"
+            self.expect(False, f"ids below VOCAB_SIZE={self.vocab_size}", found, OTHER_IDS)
         return tokens
 
     def document_starts(self) -> np.ndarray:
@@ -876,8 +875,7 @@ def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -
     """Pack the documents of the planned steps; reads shard after shard until the run is fed.
     A microbatch of T tokens takes T + 1, since targets are shifted by one: documents from their BOS, each cut
     at MAX_SEQ_LEN, the last where the microbatch is full. The rest of a cut document is dropped, and the next
-    document opens the next microbatch (BOS alignment: @classiclarryd, @varunneal). Raises UserError if the
-    shards cannot feed the run."""
+    document opens the next microbatch (BOS alignment: @classiclarryd, @varunneal). Raises UserError."""
     room, needed = s.batch_tokens // num_microbatches + 1, s.num_iterations * num_microbatches
     documents, first = [], [0]  # documents: rows of shard, start and size, for each shard and pass
     for n in range(s.epochs * len(shards)):
@@ -929,7 +927,6 @@ class Batch(NamedTuple):
     max_seqlen: int  # an upper bound of the documents' lengths; one number for the whole run
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; from pinned memory, so that the copy does not make the host wait for a GPU."""
         if device.type == "cpu":
             return self
         return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self[:3]), self.max_seqlen)
@@ -979,7 +976,6 @@ class TrainLoader:
             parts.append(plan.shards[plan.shard[document]].read(start, start + length))
             room -= length
         starts = np.cumsum([0, *map(len, parts[:-1])])
-        starts = starts[starts < self.num_tokens]  # a document may begin with the last target
         return make_batch(np.concatenate(parts), starts, self.most_starts, self.max_seqlen)
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
@@ -1032,14 +1028,18 @@ def init_distributed(s: Settings) -> tuple[torch.device, str, int, int]:
     device, why = choose_device(s)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if problem := world_size_problem(s, world_size):
-        raise UserError(f"WORLD_SIZE: {problem}", exit_code=2)
+        raise UserError(problem, exit_code=2)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         ensure_demo_data(s)
     if world_size > 1:  # waits for every rank, and so for the demo's data
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives its restarts, and so do the addresses of dead ranks in it: use a prefix
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                device_id=device if cuda else None)
     return device, why, rank, world_size
 
 class Clock:
@@ -1250,7 +1250,7 @@ def copy_to_host(x: Tensor) -> Callable[[], list[float]]:
     return wait
 
 def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale: float, momentum: float,
-               windows: tuple[int, int], stop: int = 0) -> Callable[[], list[float]]:
+               windows: tuple[int, int], stop: Callable[[], int] = int) -> Callable[[], list[float]]:
     """One optimizer step, number `step` from 1. The function returned waits for it and gives, for all ranks,
     mean loss, number of requests to stop, and for each parameter whether its gradient was not finite."""
     loss_sum = torch.zeros((), device=loader.device)
@@ -1261,7 +1261,7 @@ def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale:
     for optimizer in optimizers:
         optimizer.reduce_scatter()
     largest = [x for optimizer in optimizers for x in optimizer.step(lr_scale, momentum, step)]
-    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop > 0),
+    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop() > 0),
                           *(~x.isfinite() for x in largest)])
     if dist.is_initialized():
         dist.all_reduce(status)
@@ -1360,7 +1360,7 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
             clock.start()
         running.append((step + 1, train_step(
             model, optimizers, loader, step + 1, lr_scale(step, s), muon_momentum(step, s),
-            attention_windows(step, s), stop())))
+            attention_windows(step, s), stop)))
         if loader.device.type == "cpu" or len(running) > 1:  # a GPU works on a step while the last is logged
             stopping |= finish_step()
     if last_step:

@@ -18,24 +18,27 @@ number of workers. FOLDER gets them when all are complete: an interrupted run le
 import argparse
 import functools
 import glob
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
+import fsspec
 import numpy as np
 from shards import BYTES_BOS, SHARD_TOKENS, DataError, ShardWriter, byte_document, new_corpus
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-READERS = {".txt": "text", ".jsonl": "text", ".parquet": "parquet"}  # of the package datasets
+KINDS = (".txt", ".jsonl", ".parquet")
 BOS = {"bytes": BYTES_BOS, "gpt2": 50_256}  # also the highest id
 TASK_DOCUMENTS = 16  # sent to a worker at a time
 # What the presets of train_gpt.py use: training tokens, validation tokens, validation tokens in one slice.
@@ -50,18 +53,17 @@ def kind_of(path: str) -> str:
 
 def find_files(inputs: list[str]) -> list[str]:
     """Paths or addresses of the files that the inputs name. Raises DataError."""
-    from fsspec.core import url_to_fs
-
     files = []
     for given in inputs:
         try:
-            file_system, path = url_to_fs(given)
+            file_system, path = fsspec.url_to_fs(given)
             names = sorted(file_system.find(path) or file_system.glob(path))
         except Exception as error:  # the hub's client has many classes of them
-            raise DataError(f"{given}: expected a file or folder, found: {error}; correct it.") from error
-        names = [name for name in names if kind_of(name) in READERS and "/." not in name.removeprefix(path)]
+            found = str(error).split("\n")[0]
+            raise DataError(f"{given}: expected a file or folder, found: {found}; correct it.") from error
+        names = [name for name in names if kind_of(name) in KINDS and "/." not in name.removeprefix(path)]
         if not names:
-            raise DataError(f"{given}: expected files that end in {', '.join(READERS)}, found none; name "
+            raise DataError(f"{given}: expected files that end in {', '.join(KINDS)}, found none; name "
                             "another file or folder.")
         files += map(file_system.unstrip_protocol, names) if "://" in given else names
     if len(set(files)) < len(files):  # its documents would be in training and in validation
@@ -70,25 +72,20 @@ def find_files(inputs: list[str]) -> list[str]:
 
 
 def read_values(path: str, field: str) -> Iterator[object]:
-    """What the file has in place of each document. Raises exceptions of many classes.
+    """What the file has in place of each document. Raises exceptions of many classes."""
+    with fsspec.open(path, "rb", compression="infer") as file:
+        if kind_of(path) == ".parquet":
+            import pyarrow.parquet
 
-    JSON lines are read as text and parsed here: `datasets` expects the same fields and types in all lines.
-    """
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
-    kind, options = kind_of(path), {"encoding": "utf-8-sig"}
-    if kind == ".parquet":
-        options = {"columns": [field]}
-    elif kind == ".txt":
-        options["sample_by"] = "document"
-    files = {"train": [path]}
-    rows = datasets.load_dataset(READERS[kind], data_files=files, split="train", streaming=True, **options)
-    for row in rows:
-        if kind != ".jsonl":
-            yield row[field if kind == ".parquet" else "text"]
+            for rows in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=[field]):
+                yield from rows.column(field).to_pylist()
+            return
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+        if kind_of(path) == ".txt":
+            yield text.read()
         else:
-            yield json.loads(row["text"])[field] if row["text"].strip() else ""
+            for line in text:
+                yield json.loads(line)[field] if line.strip() else ""
 
 
 def read_documents(files: list[str], field: str) -> Iterator[str]:
@@ -105,8 +102,8 @@ def read_documents(files: list[str], field: str) -> Iterator[str]:
                 number += 1
         except Exception as error:
             found = "no such field" if isinstance(error, KeyError) else str(error).strip().split("\n")[0]
-            raise DataError(f"{path}, after {number:,} good lines or rows: expected a text in {field!r}, "
-                            f"found: {found}; correct the file or --text-field.") from error
+            raise DataError(f"{path}, after {number:,} good lines or rows: expected a text in field "
+                            f"{field!r}, found: {found}; correct the file or --text-field.") from error
 
 
 @functools.cache
@@ -117,9 +114,9 @@ def gpt2_encoding():
 
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # its HTTP client has many classes of them
-        raise DataError("GPT-2 tokens: expected tiktoken and its vocabulary, found "
-                        f"{type(error).__name__}; run python -m pip install -r data/requirements.txt with a "
-                        "network, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere, or use "
+        found = type(error).__name__
+        raise DataError(f"GPT-2 tokens: expected tiktoken and its vocabulary, found {found}; run "
+                        "python -m pip install -r data/requirements.txt, connect to the network, or use "
                         "--tokenizer bytes.") from error
 
 
@@ -149,15 +146,22 @@ def encode_document(tokenizer: str, text: str) -> np.ndarray:
                         "because of hundreds of thousands of spaces in a row; shorten them.") from None
 
 
+def start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end this process when that one ends, even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main_process = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
+
+
 def encode_all(documents: Iterator[str], tokenizer: str, workers: int) -> Iterator[np.ndarray]:
     """Encode the documents, in order, in `workers` processes. Raises DataError if one of them is killed."""
     encode = functools.partial(encode_document, tokenizer)
     if workers == 1:
         yield from map(encode, documents)
         return
-    # Spawned, because pyarrow has threads. Ctrl-C is for the main process alone.
-    ignore_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    executor, results = ProcessPoolExecutor(workers, get_context("spawn"), **ignore_ctrl_c), []
+    # Spawned, not forked, because pyarrow has threads.
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    results = []
     try:
         # map() reads all its input at once, so it gets a few documents at a time. The next ones are submitted
         # before the results of the last ones are taken.
@@ -223,9 +227,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def positive(text: str) -> int:
-    if not 1 <= int(text) < 2**31:  # a shard's header counts in int32
-        raise ValueError
-    return int(text)
+    if text.isdecimal() and 1 <= int(text) < 2**31:  # a shard's header counts in int32
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number of 1 to {2**31 - 1:,}, found {text!r}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -209,6 +209,7 @@ def saver(s, tmp_path):
 
 
 def test_a_kill_at_any_moment_of_writing_leaves_the_newest_checkpoints_whole(saver, tmp_path):
+    """Two of them, where there is no kill."""
     def write(n):
         killed_at(n, 0)
         saver(3)
@@ -237,7 +238,7 @@ def test_a_kill_at_any_moment_of_writing_leaves_the_newest_checkpoints_whole(sav
 
 @pytest.mark.parametrize("ranks, step, how", [(1, 4, "auto"), (2, 4, "path"), (1, 6, "auto")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(s, whole, ranks, step, how):
-    """One that was done says its result again. The clock counts on. The newest two checkpoints stay."""
+    """One that was done says its result again. The clock counts on."""
     newest = up_to(step, whole(ranks), s.log_dir)
     seconds = float(read_safetensors(newest)[1]["seconds"])
     shown = ran(replace(s, resume="auto" if how == "auto" else str(newest)), ranks=ranks)
@@ -246,8 +247,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(s, whole, ranks, ste
     assert len(expected) == 1 + 6 - step and losses(s.log_dir) == expected
     assert content(s.log_dir) == content(whole(ranks))
     assert float(re.search(r"final_step:6 train_time:(\d+)ms", shown)[1]) >= int(1000 * seconds)
-    own = [path.stem for path in checkpoints(s.log_dir) if path.parent.name != "before"]
-    assert own == ["step_000006", "step_000005"] * (step < 6)
 
 
 @pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])

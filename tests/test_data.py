@@ -79,7 +79,7 @@ def test_an_id_out_of_range_is_found_at_any_token(data, tmp_path, place):
     tokens[[0, place]] = BOS, 65_535
     tokens[1:1_000_000:30] = BOS
     path = write_shard(tmp_path / "train_0.bin", tokens)
-    expected = f"{path}: expected ids below VOCAB_SIZE=50, found 65535 at token {place};"
+    expected = f"{path}: expected ids below VOCAB_SIZE=50, found 65535 at token {place:,};"
     assert complaint(data).translate(NO_BRACKETS).startswith(expected)
 
 

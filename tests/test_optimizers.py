@@ -149,8 +149,9 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
             model, optimizers, loader = start(folder, s, r, n)
             if n == 1:
                 patch.setattr(dist, "is_initialized", lambda: False)
-            statuses = [train_gpt.train_step(model, optimizers, loader, i + 1, *SCHEDULE[i], (12, 4),
-                                             stop=15 * (i == 2 and r == n - 1)) for i in range(3)]
+            stops = [int, int, lambda last=r == n - 1: 15 * last]
+            statuses = [train_gpt.train_step(model, optimizers, loader, i + 1, *SCHEDULE[i], (12, 4), stop)
+                        for i, stop in enumerate(stops)]
             patch.setattr(dist, "is_initialized", lambda: True)
             runs.append((model, [status() for status in statuses]))
     (one, expected), (model, found) = runs

@@ -123,7 +123,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("WINDOW_SCHEDULE", "3,,4", "at least 2"),
     ("VOCAB_SIZE", "70000", "at most 65536"),
     ("BOS_ID", "50257", "an id below VOCAB_SIZE=50257"),
-    ("BATCH_TOKENS", "1000", "BATCH_TOKENS=1000 / 16"),
+    ("BATCH_TOKENS", "1000", "share 8 microbatches (equal multiples of 16 of BATCH_TOKENS=1000)"),
     ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS=262144"),
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
@@ -132,8 +132,8 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("MUON_MOMENTUM_END", "1", "a number below 1"),
     ("ADAM_BETA1", "1", "a number below 1"),
     ("ADAM_BETA2", "1", "a number below 1"),
-    ("NPROC", "3", "a divisor of MICROBATCHES=8"),
-    ("NPROC", "256", "of the padded vocabulary, 50304, found 256"),
+    ("NPROC", "3", "share 8 microbatches"),
+    ("NPROC", "256", "a padded vocabulary of 50304 ids equally, found 256."),
 ])
 def test_a_wrong_value_or_one_that_fits_no_other_is_one_sentence(name, value, expected):
     (line,) = problems(**(dict(preset=value) if name == "PRESET" else {name: value}))
@@ -180,7 +180,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
 
 @pytest.mark.parametrize("changes, expected", [
     (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each of 1 processes, found 0 GPUs;"),
-    (dict(WORLD_SIZE="3", RANK="0"), "WORLD_SIZE: "),
+    (dict(WORLD_SIZE="3", RANK="0"), "NPROC: expected ranks that share 8 microbatches"),
 ])
 def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

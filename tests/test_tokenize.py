@@ -1,113 +1,350 @@
-"""data/tokenize_text.py, run as a user runs it."""
+"""data/tokenize_text.py and data/shards.py: own text becomes shards."""
 
 import gzip
 import json
+import multiprocessing
+import os
+import random
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import ROOT, environment
 
-SCRIPT = ROOT / "data/tokenize_text.py"
-TEXTS = ["def one():\n", "zwei \u2713", "three\n\nparagraphs", "\ufeffx"] + [f"text {i}" for i in range(60)]
-OFFLINE = dict(HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1)
+sys.path.insert(0, str(ROOT / "data"))
+import shards  # noqa: E402
+import tokenize_text  # noqa: E402
+
+SCRIPT = ROOT / "data" / "tokenize_text.py"
+# Registers a small BPE as tiktoken's "gpt2" in every process: GPT-2's vocabulary would need a network.
+SMALL_GPT2 = """
+import tiktoken, tiktoken.registry
+ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b" the": 258}
+tiktoken.registry.ENCODINGS["gpt2"] = tiktoken.Encoding(
+    "gpt2", pat_str=r" ?[^ ]+| ", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+"""
 
 
-def tokenize(*arguments, tokenizer="bytes"):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--tokenizer", tokenizer]
-    return subprocess.run(command, env=environment(**OFFLINE), capture_output=True, text=True, timeout=120)
+def arguments(*given, out, **options):
+    options = {"out": out, "tokenizer": "bytes"} | options
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [*map(str, given), *flags]
 
 
-def documents(path):
-    """The texts in a shard of bytes."""
-    header, tokens = np.fromfile(path, "<i4", count=256), np.fromfile(path, "<u2", offset=1024)
-    assert header.tolist() == [20240520, 1, len(tokens)] + 253 * [0] and tokens[0] == 256
-    cuts = [*np.flatnonzero(tokens == 256), len(tokens)]
-    return [bytes(tokens[a + 1:b].astype(np.uint8)).decode() for a, b in zip(cuts[:-1], cuts[1:])]
+def run(*given, env=None, **options):
+    """Run the script in a process of its own."""
+    command = [sys.executable, str(SCRIPT), *arguments(*given, **options)]
+    return subprocess.run(command, env=environment(**env or {}), capture_output=True, text=True, timeout=60)
+
+
+def made(*given, **options):
+    """Run the script in this process."""
+    assert tokenize_text.main(arguments(*given, **options)) == 0
 
 
 @pytest.fixture
-def lines(tmp_path):
-    """A file of JSON lines with TEXTS and an empty document."""
-    path = tmp_path / "in" / "texts.jsonl"
-    path.parent.mkdir()
-    path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in [*TEXTS, ""]), encoding="utf-8")
+def refused(capsys):
+    """A function that runs the script in this process and returns the one sentence with which it fails."""
+
+    def call(*given, **options):
+        assert tokenize_text.main(arguments(*given, **options)) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1, said
+        return said
+
+    return call
+
+
+def documents_in(path, bos=256):
+    """The documents of a shard, without BOS."""
+    header, tokens = np.fromfile(path, "<i4", count=256), np.fromfile(path, "<u2", offset=1024)
+    assert header.tolist() == [20240520, 1, len(tokens)] + 253 * [0]
+    starts = np.flatnonzero(tokens == bos)
+    assert starts[0] == 0
+    return [part[1:] for part in np.split(tokens, starts[1:])]
+
+
+def texts_in(folder, split):
+    paths = sorted(folder.glob(f"text_{split}_*.bin"))
+    return [d.astype(np.uint8).tobytes().decode() for path in paths for d in documents_in(path)]
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
     return path
 
 
-def test_documents_keep_their_order_and_every_nth_is_held_out_by_any_number_of_workers(lines, tmp_path):
+# ----------------------------------------------------------------------------------------------------
+# What comes out
+
+
+def test_all_kinds_of_files_come_back_in_path_order(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path / "it's [here]"
+    (folder / "b").mkdir(parents=True)
+    (folder / "a.txt").write_bytes("\ufeffone\n\ndocumént\u2028\n".encode())
+    write_jsonl(folder / "b" / "x.jsonl", ["two", "", "thrée\u2028\n"])
+    (folder / "b" / "y.JSONL.gz").write_bytes(
+        gzip.compress(b'\n{"text": "four", "n": 1}\n{"text": null}\n{"text": "five", "n": [{}]}'))
+    pq.write_table(pa.table({"n": range(3), "text": ["six", None, "s\u00e9ven"]}), folder / "c.parquet")
+    (folder / "empty.txt").touch()
+    (folder / "ignored.md").write_bytes(b"\xff")
+    (folder / ".hidden.txt").write_bytes(b"\xff")
+    made(folder, out=tmp_path / "out", val_every=3)
+    texts = ["one\n\ndocumént\u2028\n", "two", "thrée\u2028\n", "four", "five", "six", "séven"]
+    assert texts_in(tmp_path / "out", "val") == texts[::3]
+    assert texts_in(tmp_path / "out", "train") == [text for i, text in enumerate(texts) if i % 3]
+
+
+def test_the_bytes_are_the_same_for_any_number_of_workers_and_the_limit_holds(tmp_path):
+    rng = random.Random(0)
+    texts = [f"{i}:" + "".join(rng.choices("ab\n é€𝄞", k=rng.randrange(50))) for i in range(500)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
     for workers in (1, 2):
-        done = tokenize(lines, "--out", tmp_path / str(workers), "--val-every", 8, "--workers", workers)
-        assert done.returncode == 0, done.stderr
-    for name in ("text_train_000001.bin", "text_val_000000.bin"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-    assert documents(tmp_path / "1/text_val_000000.bin") == TEXTS[::8]
-    assert documents(tmp_path / "1/text_train_000001.bin") == [t for i, t in enumerate(TEXTS) if i % 8]
+        out = tmp_path / str(workers)
+        made(tmp_path / "a.jsonl", out=out, workers=workers, shard_tokens=5000, limit_documents=401)
+        assert texts_in(out, "train") == [text for i, text in enumerate(texts[:401]) if i % 100]
+        (out / "command.txt").unlink()
+    assert files_in(tmp_path / "1") == files_in(tmp_path / "2") and len(files_in(tmp_path / "1")) > 4
 
 
-def test_text_compressed_and_parquet_files_of_a_folder_are_read_in_name_order(tmp_path):
-    (tmp_path / "a.txt").write_text("a whole\nfile")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b1"}\n{"text": "b2"}\n'))
-    table = pyarrow.table({"text": ["c1", "c2"], "other": [1, 2]})
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    done = tokenize(tmp_path, "--out", tmp_path / "out", "--val-every", 5)
-    assert done.returncode == 0, done.stderr
-    assert documents(tmp_path / "out/text_val_000000.bin") == ["a whole\nfile"]
-    assert documents(tmp_path / "out/text_train_000001.bin") == ["b1", "b2", "c1", "c2"]
+def test_a_shard_ends_before_the_document_that_would_make_it_too_long(tmp_path):
+    lengths = [1, 9, 5, 4, 1, 3, 25, 4, 4]  # and BOS; the first document is for validation
+    text, out = write_jsonl(tmp_path / "a.jsonl", ["x" * length for length in lengths]), tmp_path / "out"
+    made(text, out=out, shard_tokens=10)
+    found = [[len(d) for d in documents_in(path)] for path in sorted(out.glob("*_train_*.bin"))]
+    assert found == [[9], [5], [4, 1], [3], [25], [4, 4]]
 
 
-def test_the_command_that_it_prints_trains(lines, tmp_path):
-    lines.write_text((json.dumps(dict(text=SCRIPT.read_text())) + "\n") * 40)
-    done = tokenize(lines, "--out", tmp_path / "out", "--val-every", 2)
-    words = shlex.split(done.stdout.splitlines()[-1].removeprefix("train: "))
-    settings = dict(word.split("=", 1) for word in words[:-1])
-    small = dict(NUM_ITERATIONS=1, WARMUP_STEPS=0, SAMPLE_TOKENS=0, LOG_DIR=tmp_path / "logs")
-    command, environ = [sys.executable, ROOT / "train_gpt.py"], environment(**settings | small)
-    trained = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-    assert trained.returncode == 0 and "final_step:1 " in trained.stdout, trained.stderr
+def test_gpt2_tokens_are_tiktokens_and_what_looks_special_is_text(tmp_path):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "sitecustomize.py").write_text(SMALL_GPT2)
+    write_jsonl(tmp_path / "a.jsonl", ["the then  the", "<|endoftext|>", "é the"] * 2)
+    done = run(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto", workers=2, val_every=4,
+               env=dict(PYTHONPATH=tmp_path))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("tokenizer: gpt2 (") and " VOCAB_SIZE=50257 BOS_ID=50256 " in done.stdout
+    training = documents_in(tmp_path / "out" / "text_train_000001.bin", 50256)
+    assert [document.tolist() for document in training[:3]] == [
+        [*b"<|endoftext|>"], [*"é".encode(), 258], [257, 258, ord("n"), ord(" "), 258]]
 
 
-@pytest.mark.parametrize("line, said", [
-    ('{"other": 1}', "no such field"), ('{"text": 1}', "int"), ('{"text": ', "expected a text in 'text'"),
-])
-def test_a_wrong_line_is_one_sentence_and_nothing_is_written(lines, tmp_path, line, said):
-    lines.write_text('{"text": "good"}\n' + line + "\n")
-    done = tokenize(lines, "--out", tmp_path / "out")
-    assert done.returncode == 1 and not (tmp_path / "out").exists()
-    sentence = done.stderr.splitlines()[-1]
-    assert sentence.startswith(f"{lines}, after 1 good lines") and said in sentence
+@pytest.fixture
+def no_gpt2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    tokenize_text.gpt2_encoding.cache_clear()
+    yield
+    tokenize_text.gpt2_encoding.cache_clear()
 
 
-def test_wrong_inputs_and_a_folder_with_shards_are_one_sentence(lines, tmp_path):
-    done = tokenize(tmp_path / "nothing", "--out", tmp_path / "out")
-    assert done.returncode == 1 and "expected files that end in" in done.stderr
-    assert tokenize(lines, "--out", tmp_path / "out").returncode == 0
-    before = (tmp_path / "out/text_train_000001.bin").read_bytes()
-    done = tokenize(lines, "--out", tmp_path / "out")
-    assert done.returncode == 1 and "add --overwrite" in done.stderr
-    assert (tmp_path / "out/text_train_000001.bin").read_bytes() == before
-    assert tokenize(lines, "--out", tmp_path / "out", "--overwrite").returncode == 0
+def test_without_gpt2s_vocabulary_auto_takes_bytes_and_gpt2_fails(tmp_path, no_gpt2, capsys, refused):
+    write_jsonl(tmp_path / "a.jsonl", "ab")
+    made(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto")
+    assert capsys.readouterr().out.startswith("tokenizer: bytes (GPT-2 tokens: expected tiktoken and its voc")
+    assert "pip install -r data/requirements.txt" in refused(
+        tmp_path / "a.jsonl", out=tmp_path / "x", tokenizer="gpt2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_no_shards_and_the_next_one_works(lines, tmp_path, number):
-    lines.write_text((json.dumps(dict(text="word " * 2000)) + "\n") * 5000)
-    command = [sys.executable, SCRIPT, lines, "--out", tmp_path / "out", "--tokenizer", "bytes"]
-    run = subprocess.Popen(command, env=environment(**OFFLINE), stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if (tmp_path / "out/.partial/text_train_000001.bin").exists():
-            break
-        time.sleep(0.05)
-    run.send_signal(number)
-    assert run.wait(30) != 0
-    assert not list((tmp_path / "out").glob("*.bin"))
-    lines.write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert tokenize(lines, "--out", tmp_path / "out").returncode == 0
-    assert documents(tmp_path / "out/text_train_000001.bin") == ["b"]
-    assert not (tmp_path / "out/.partial").exists()
+@pytest.mark.parametrize("count, length, val_every", [(2, 20, 2), (400, 2000, 40), (2, 2_000_000, 2)])
+def test_the_training_script_accepts_the_command_at_the_end(tmp_path, run_main, count, length, val_every):
+    out = tmp_path / "it's [here]"
+    made(write_jsonl(tmp_path / "a.jsonl", ["x" * length] * count), out=out, val_every=val_every)
+    *settings, script = shlex.split((out / "command.txt").read_text())
+    assert (ROOT / script).samefile(ROOT / "run.sh")
+    settings = dict(part.split("=", 1) for part in settings)
+    code, _, said = run_main("--dry-run", DEVICE="cpu", LOG_DIR=tmp_path / "logs", **settings)
+    assert (code, said) == (0, "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+def test_an_address_on_the_hub_is_expanded_and_kept_as_an_address(monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")  # stands in for the hub's file system
+    for name in ("b.jsonl", "a.parquet", "sub/c.txt", "README.md"):
+        memory.pipe(f"/sample/{name}", b"")
+    everything = ["memory:///sample/a.parquet", "memory:///sample/b.jsonl", "memory:///sample/sub/c.txt"]
+    assert tokenize_text.find_files(["memory://sample"]) == everything
+    assert tokenize_text.find_files(["memory://sample/*.jsonl"]) == everything[1:2]
+
+
+WRONG_FILES = {  # name: content, number of good lines before, what is found
+    "latin.txt": (b"ab\xe9cd", 0, "'utf-8' codec can't decode byte 0xe9"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', 2, "Expecting ',' delimiter"),
+    "field.jsonl": (b'{"text": "a"}\n{"body": "b"}', 1, "no such field"),
+    "list.jsonl": (b'["text"]', 0, "list indices"),
+    "number.jsonl": (b'{"text": 3}', 0, "a value of type int"),
+    "surrogate.jsonl": (b'{"text": "ab\\ud800"}', 0, "'utf-8' codec can't encode character '\\ud800'"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 99, "Compressed file ended before"),
+    "cut.parquet": (b"PAR1 and no more", 0, ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_wrong_file_is_one_sentence_and_leaves_nothing(tmp_path, refused, name):
+    content, good, found = WRONG_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    write_jsonl(tmp_path / "good.jsonl", "abc")
+    said = refused(tmp_path / "good.jsonl", tmp_path / name, out=tmp_path / "out")
+    expected = f"after {good} good lines or rows: expected a text in field 'text', found: {found}"
+    assert said.startswith(f"{tmp_path / name}, {expected}") and "; correct the file" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_doubled_files_and_too_few_documents_are_one_sentence(tmp_path, refused):
+    a = write_jsonl(tmp_path / "a.jsonl", ["", "a"])
+    for path in ("none.jsonl", "kind.csv"):
+        (tmp_path / "kind.csv").touch()
+        text = refused(tmp_path / path, out=tmp_path / "out")
+        assert text.startswith(f"{tmp_path / path}: expected files that end in .txt, .jsonl, .parquet, found")
+    assert refused(tmp_path, a, out=tmp_path / "out").startswith(f"{a}: expected each file once")
+    assert "expected documents for training and for validation" in refused(a, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [dict(val_every="x"), dict(shard_tokens=2**31), dict(workers=0)])
+def test_wrong_arguments_end_with_code_2(tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit, match="2"):
+        tokenize_text.main(arguments("a.jsonl", out=tmp_path / "out", **wrong))
+    assert "--" + list(wrong)[0].replace("_", "-") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_text_on_which_tiktoken_gives_up_is_one_sentence(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    class Encoding:
+        def encode_ordinary(self, text):
+            raise PanicException("StackOverflow")
+
+    monkeypatch.setattr(tokenize_text, "gpt2_encoding", Encoding)
+    with pytest.raises(shards.DataError, match="^The document that begins with ' a': tiktoken"):
+        tokenize_text.encode_document("gpt2", " a")
+
+
+def test_a_corpus_is_replaced_only_with_overwrite_and_another_one_never(tmp_path, refused):
+    out, text = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", "abcdefgh")
+    made(text, out=out, shard_tokens=4)
+    (out / "notes").write_text("mine")
+    before = files_in(out)
+    write_jsonl(text, "ab")
+    assert "expected a folder without shards, found text_train_000001.bin; " in refused(text, out=out)
+    assert files_in(out) == before
+    made(text, "--overwrite", out=out)
+    assert set(files_in(out)) == {"command.txt", "notes", "text_train_000001.bin", "text_val_000000.bin"}
+    (out / "fineweb_val_000000.bin").touch()
+    assert "found fineweb_val_000000.bin; " in refused(text, "--overwrite", out=out)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
+    out, text = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", "ab")
+    made(text, out=out)
+    before = files_in(out)
+    write_jsonl(text, ["x" * 1000] * 3000)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    command = [sys.executable, str(SCRIPT), *arguments(text, "--overwrite", out=out)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{out}: expected to write shards here, found: File too large; make room")
+    assert files_in(out) == before
+
+
+def test_writers_killed_among_the_last_renames_leave_no_mixture(tmp_path, monkeypatch):
+    """Stop before each rename and removal in turn, on the way from an old corpus to a new one."""
+    def write(texts):
+        with shards.new_corpus(folder, "text", 8, overwrite=True) as (train, val):
+            val.add(shards.byte_document(texts[0]))
+            for text in texts[1:]:
+                train.add(shards.byte_document(text))
+
+    def limited(operation):
+        def call(*given):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return operation(*given)
+        return call
+
+    old, new = [b"old val", b"old one", b"old two"], [b"new val", b"new one", b"new two", b"new 3"]
+    for operations in range(3 + 4):  # removals and renames
+        folder, left = tmp_path / str(operations), operations
+        write(old)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", limited(os.replace))
+            patch.setattr(shards.Path, "unlink", limited(shards.Path.unlink))
+            with pytest.raises(KeyboardInterrupt):
+                write(new)
+        texts = [text.encode() for split in ("val", "train") for text in texts_in(folder, split)]
+        assert texts == old if operations == 0 else not list(folder.glob("*_val_*")), operations
+
+
+ENDLESS = """
+import sys, time, itertools
+sys.path.insert(0, "data")
+import tokenize_text
+tokenize_text.read_values = lambda path, field: (time.sleep(0.001) or "text" for _ in itertools.count())
+sys.exit(tokenize_text.main())
+"""
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A run that reads text for ever, when it has begun to write."""
+    (tmp_path / "a.txt").touch()
+    command = [sys.executable, "-c", ENDLESS, *arguments(tmp_path / "a.txt", out=tmp_path / "out", workers=2)]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(tmp_path.glob("out/.partial/*"))) < 2:
+        time.sleep(0.02)
+    yield process, tmp_path / "out"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing(endless, number, code):
+    process, out = endless
+    process.send_signal(number)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == code and "Traceback" not in said and not out.exists()
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next(endless, tmp_path):
+    process, out = endless
+    process.kill()
+    process.communicate(timeout=30)  # its workers have ended when nobody holds its stderr
+    assert [path.name for path in out.iterdir()] == [".partial"]
+    made(write_jsonl(tmp_path / "b.jsonl", "ab"), out=out)
+    assert set(files_in(out)) == {"command.txt", "text_train_000001.bin", "text_val_000000.bin"}
+
+
+def test_a_killed_worker_is_one_sentence():
+    documents = ("x" for _ in range(10**9))
+    encoded = tokenize_text.encode_all(documents, "bytes", 2)
+    next(encoded)
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(shards.DataError, match="^A worker: expected its result, found that it was killed"):
+        for _ in encoded:
+            pass
+
+
+def test_the_benchmark_runs():
+    script = ROOT / "tests" / "bench" / "bench_tokenize.py"
+    tiny = ["--megabytes", "0.1", "--workers", "1", "--repeats", "1"]
+    shown = subprocess.check_output([sys.executable, str(script), *tiny], env=environment(), text=True)
+    assert shown.startswith("bytes, 1 workers: ")
