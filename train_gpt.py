@@ -72,7 +72,7 @@ class Settings:
 
     # where it runs
     device: str = "auto"  # auto, cuda or cpu; auto takes CUDA if there is a GPU
-    nproc: int = 0  # [processes] that run.sh starts; 0: one a GPU, as many as the batch allows
+    nproc: int = 0  # [processes] for run.sh to start; 0: one for each GPU, or as many as can share the batch
     dtype: str = "bfloat16"  # bfloat16 or float32: activations, embedding tables, Newton-Schulz
     fp8_head: bool = True  # [0 or 1] train the head in float8 if the GPU can and DTYPE is bfloat16
     torch_compile: bool = True  # [0 or 1] compile the blocks with torch.compile (needs a C++ compiler)
@@ -81,12 +81,12 @@ class Settings:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, by name
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, by name
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save so often, and at the end; the newest two stay; 0: never
+    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; two stay; 0: never
     resume: str = ""  # checkpoint to continue from; auto: the newest of this race in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
     target_loss: float = 3.28  # [nats/token] stop at the first validation loss at or below it
-    val_loss_every: int = 125  # [steps] validate so often, and at the end; 0: only at the end
+    val_loss_every: int = 125  # [steps] validate every so many steps, and at the end; 0: only at the end
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
@@ -94,7 +94,7 @@ class Settings:
     # a training step's batch
     batch_tokens: int = 393_216  # [tokens] of a step, over all ranks
     microbatches: int = 8  # packed sequences of a step, over all ranks; more need less GPU memory
-    max_seq_len: int = 2048  # [tokens] most of one document in a microbatch; the rest is dropped
+    max_seq_len: int = 2048  # [tokens] longest piece taken of one document; the rest is dropped
     epochs: int = 1  # [passes] most passes over the training shards
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
@@ -157,7 +157,7 @@ def round_up(n: int, multiple: int) -> int:
 
 class Block(NamedTuple):
     """One block of the network."""
-    stages: list[str]  # "A", "M", or several parts that read one input side by side, such as "AM"
+    stages: list[str]  # in order: "A", "M", or parts that read one input side by side, such as "A+M"
     table: int | None  # number of its value embedding
     long_window: bool
 
@@ -165,7 +165,7 @@ def parse_layout(s: Settings) -> list[Block]:
     """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120)."""
     blocks = []
     for word, table, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
-        stages = [stage.replace("+", "") for stage in re.findall(r"[AM](?:\+[AM])*", word)]
+        stages = re.findall(r"[AM](?:\+[AM])*", word)
         blocks.append(Block(stages, None if table == "." else int(table), window == "L"))
     return blocks
 
@@ -181,6 +181,7 @@ def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
     words = s.layout.split()
     stages = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
+    no_attn = [i for i, word in enumerate(words) if "A" not in word and s.value_embeds[i:i + 1].isdecimal()]
     word, each = r"[AM](\+?[AM])*", f"for each of the {len(words)} words of LAYOUT"
     rows = [  # (setting, whether it fits, what is expected)
         ("device", s.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
@@ -188,16 +189,15 @@ def find_contradictions(s: Settings) -> list[str]:
         ("layout", {*"AM"} <= {*s.layout} and all(re.fullmatch(word, w) for w in words),
          "words such as A, M, AM and A+M, with at least one A and one M"),
         ("value_embeds", re.fullmatch(f"[0-9.]{{{len(words)}}}", s.value_embeds), f"a digit or a dot {each}"),
+        ("value_embeds", not no_attn, f"a dot for the blocks without attention, {no_attn}"),
         ("window_pattern", re.fullmatch(f"[LS]{{{len(words)}}}", s.window_pattern), f"L or S {each}"),
         ("window_schedule", min(stages) >= 2, "whole numbers of at least 2, separated by commas"),
-        ("vocab_size", s.vocab_size <= 65_536, "at most 65536, since tokens are stored as uint16"),
         ("bos_id", s.bos_id < s.vocab_size, f"an id below VOCAB_SIZE={s.vocab_size}"),
         ("val_tokens", s.val_tokens % s.val_slice_tokens == 0,
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
-        ("cooldown_frac", s.cooldown_frac <= 1, "at most 1"),
         *((name, getattr(s, name) < 1, "a number below 1")
           for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
     ]
@@ -325,8 +325,8 @@ def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 class GPT(nn.Module):
     """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
-    all-gather for each. A parameter's rows, its first axis, are rounded up to a multiple of world_size: each
-    rank owns an equal share, and the rows added stay zero. One that the layout does not use is None."""
+    all-gather for each bank. A parameter's rows, its first axis, are rounded up to a multiple of world_size:
+    each rank owns an equal share, and the rows added stay zero. A parameter that is not used is None."""
     def __init__(self, s: Settings, kernels: "Kernels", world_size: int = 1):
         super().__init__()
         self.settings, self.kernels, self.blocks = s, kernels, parse_layout(s)
@@ -359,7 +359,7 @@ class GPT(nn.Module):
         if torch.is_grad_enabled():
             return self.kernels.head_loss(x, self.lm_head, targets)
         chunks = zip(x.split(8192), targets.split(8192))  # in validation, to save memory
-        return torch.stack([softcapped_loss(x, self.lm_head, targets) for x, targets in chunks]).sum()
+        return torch.stack([softcapped_loss(part, self.lm_head, target) for part, target in chunks]).sum()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
@@ -382,7 +382,7 @@ class GPT(nn.Module):
             args = attn_args[windows[0] if block.long_window else windows[1]]
             for stage in block.stages:
                 x_in = norm(x)
-                for part in stage:
+                for part in stage.split("+"):
                     if part == "A":
                         x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args, cos, sin)
                     else:
@@ -456,7 +456,7 @@ reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.red
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 def XXT(X: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """alpha * X @ X.T + beta * base for a stack of matrices. X: (n, rows, cols); base: (n, rows, rows)."""
+    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols); base: (n, rows, rows)."""
     return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
 
 def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
@@ -497,7 +497,7 @@ class ShardedOptimizer:
             self.sharded_params.append(ShardedParam(name, p, lr_mult, p_slice, state))
 
     def reduce_scatter(self) -> None:
-        """Phase 1, started for every parameter. The gradients are used up."""
+        """Phase 1, started for every parameter. Clears the parameters' gradients."""
         for sp in self.sharded_params:
             grad = sp.grad_slice = sp.param.grad.contiguous()
             sp.param.grad = None
@@ -507,7 +507,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, step: int) -> list[Tensor]:
-        """Phase 2, and phase 3 started. step counts from 1. Returns the largest entry of each gradient."""
+        """Phase 2, and phase 3 started. step counts from 1. Returns the largest |entry| of each slice."""
         largest = []
         for sp in self.sharded_params:
             self.wait(sp)
@@ -553,7 +553,7 @@ def adam_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, be
     p.copy_(p.float() - step_size * mean / (square.sqrt() + eps))
 
 class DistAdam(ShardedOptimizer):
-    """Adam; state has the parameter's dtype. eps joins the uncorrected second moment."""
+    """Adam; state has the parameter's dtype. eps joins the root of the uncorrected second moment."""
     state_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float, compiled=False):
@@ -684,7 +684,7 @@ class Float8HeadLoss(torch.autograd.Function):
         grads, grads_t = empty_pair(logits, torch.float8_e5m2)
         softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, 448.0, grads, grads_t,
                                                *logits.shape, EXP, RATE, **TILE)
-        grad_scale = grad_scale * grad  # not in the kernel: so float8 sees the same numbers for any divisor
+        grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
         w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
         return x_grad, w_grad, None
@@ -779,7 +779,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     fp8 = (s.fp8_head and s.dtype == "bfloat16" and capability >= (8, 9)
            and s.padded_vocab % 16 == s.model_dim % 16 == 0)
     compiled = torch.compile(softcapped_loss, dynamic=False) if s.torch_compile else softcapped_loss
-    head = ("float8, fused loss", Float8HeadLoss.apply, 0.1) if fp8 else ("torch.compile", compiled, 0.03)
+    head = ("float8, fused loss", Float8HeadLoss.apply, 0.1) if fp8 else (s.dtype, compiled, 0.03)
     rows = [("attention", attention, dict(attn_args=varlen_args, attention=flash_attention), 0.03),
             ("head", head[0], dict(head_loss=head[1]), head[2]),
             ("Newton-Schulz", "half of each symmetric product", dict(XXT=symmetric_XXT), 0.1)]
@@ -806,7 +806,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 # Data: token shards, the packing plan, the loader's thread, validation
 #
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as uint16.
-# Before step 0, plan_packing checks every token that the run needs, and records where each microbatch begins.
+# Before step 0, plan_packing checks every token that the run needs, and finds where each microbatch begins.
 
 SHARD_KIND, HEADER_BYTES = [20240520, 1], 1024
 REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
@@ -1118,7 +1118,7 @@ class Log:
 # Checkpoints: one file in the safetensors layout, LOG_DIR/RUN/step_NNNNNN.safetensors
 #
 # An 8-byte length, a JSON header, raw bytes: the safetensors package reads it, and nothing in it can execute.
-# Tensors are whole (gathered from the ranks), so that any number of ranks can resume from it. The header's
+# Tensors are whole (gathered from the ranks), so that other numbers of ranks can resume from it. The header's
 # metadata hold step, training seconds, what identifies the run, and a SHA-256 of all the rest.
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -1143,7 +1143,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     header["__metadata__"] = metadata | dict(sha256=checkpoint_hash(header, payload))
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    unfinished = path.with_name("unfinished")  # what a full disk or a kill leaves is overwritten
+    unfinished = path.with_name("unfinished")  # after a full disk, the next checkpoint overwrites it
     with open(unfinished, "wb") as file:
         file.writelines([len(head).to_bytes(8, "little"), head, *payload])
         file.flush()
@@ -1256,7 +1256,7 @@ def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale:
     loss_sum = torch.zeros((), device=loader.device)
     for _ in range(loader.num_microbatches // loader.world_size):
         loss = model(*loader.next_batch(), windows) / loader.num_microbatches
-        loss.backward()  # summed over ranks, this is the mean over microbatches, however many ranks there are
+        loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
         loss_sum += loss.detach()
     for optimizer in optimizers:
         optimizer.reduce_scatter()
@@ -1270,7 +1270,7 @@ def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale:
     return copy_to_host(status)
 
 def warm_up(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings) -> int:
-    """Untimed steps and evaluations at every window size, then undone bit for bit. Returns how many steps."""
+    """Untimed steps at every window size (and evaluations, if compiled), undone bit for bit."""
     if not s.warmup_steps:
         return 0
     states = [x for o in optimizers for sp in o.sharded_params for x in sp.state.values()]
@@ -1361,12 +1361,12 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
         running.append((step + 1, train_step(
             model, optimizers, loader, step + 1, lr_scale(step, s), muon_momentum(step, s),
             attention_windows(step, s), stop)))
-        if loader.device.type == "cpu" or len(running) > 1:  # a GPU works on a step while the last is logged
+        if loader.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step()
     if last_step:
         log.result(step, val_loss, clock)
         return 0
-    number = stop() or signal.SIGTERM  # that of another rank
+    number = stop() or signal.SIGTERM  # another rank got the signal: say SIGTERM
     log.write(f"stopped by {signal.Signals(number).name} after step {step} of {s.num_iterations}")
     return 128 + number
 
@@ -1434,7 +1434,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizers, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
-        if s.torch_compile:  # one graph for each window size in training, and one in evaluation
+        if s.torch_compile:  # a graph for each window size in training, and another in evaluation
             torch._dynamo.config.recompile_limit = max(8, 2 * len(s.window_schedule.split(",")))
             model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
         num_steps = warm_up(model, optimizers, loader, val_tokens, s)
