@@ -7,9 +7,7 @@ report.py: what the logs of runs say, and which of two versions is faster or has
     python records/report.py DIR --plot loss.png       # draw loss against steps and against training time
     python records/report.py --leaderboard [--check]   # write the tables in records/, or only check them
 
-A set is the logs of one version: logs that are named one by one, or a folder of logs. A race's folder, as
-race.py makes it, has one folder of logs per version; each version is a set and is compared with the first.
-Logs of the published speedrun are read as well. README.md explains the figures.
+records/README.md says what a set of logs is and explains the figures.
 """
 
 import argparse
@@ -35,6 +33,7 @@ CLAIM = 0.01  # a claim that the mean loss meets the target needs a p-value belo
 MAY_DIFFER = {"seed", "log_dir", "data_path", "nproc",  # settings in which the runs of a set may differ
               "checkpoint_every", "checkpoint_last", "checkpoint_keep"}
 BEGIN, END = "<!-- from here: written by report.py --leaderboard -->", "<!-- to here -->"
+COLUMNS = ["runs", "final loss", "p (mean ≤ target)", "reached", "time, s", "step, ms"]
 
 
 class ReportError(Exception):
@@ -47,8 +46,6 @@ class ReportError(Exception):
 STEP = re.compile(r"^step:(\d+)/(\d+)(?: val_loss:(\d+\.\d+))? train_time:(\d+)(?:\.\d+)?ms "
                   r"step_avg:(?:\d+\.\d+|nan)ms(?: train_loss:(\d+\.\d+))?$", re.MULTILINE)
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
-PEAK = re.compile(r"^peak memory allocated: (\d+) MiB", re.MULTILINE)
-PARTIAL = re.compile(r"^(?:resumed|stopped by|ended by)\b.*", re.MULTILINE)
 
 
 class Point(NamedTuple):
@@ -69,72 +66,58 @@ class Run:
     settings: dict[str, str]  # name -> repr of the value; empty in published logs
     points: list[Point]
     num_steps: int  # planned
-    step: int  # of the last point, a validation; so are loss and seconds
-    loss: float  # nats per token
-    seconds: float  # training time
-    step_avg: float  # ms per step
     target: float | None  # nats per token; None if the run had none (TARGET_LOSS=0)
     peak: int  # MiB on the first GPU; 0 on a CPU
     hardware: str
 
-    def target_step(self, target: float | None) -> int | None:
-        """The step of the first validation at or below the target; None if there is none."""
-        return next((p.step for p in self.points if target and p.val_loss and p.val_loss <= target), None)
+    def __post_init__(self):
+        self.step, self.seconds, self.loss, _ = self.points[-1]  # a validation
+        self.step_avg = 1000 * self.seconds / max(self.step, 1)  # ms
+        race, name = self.path.resolve().parent.parent, self.path.name
+        self.round = (race, name) if name.startswith("round-") else None
 
 
 def read_log(path: Path, step: int | None = None) -> Run:
     """Read one complete log; with `step`, up to the validation at that step.
 
-    Raises ReportError with its path if it is missing, cut, damaged or part of a run.
+    Raises OSError, and ReportError if the log is cut or damaged, or if its run was stopped or resumed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        return parse_log(path, path.read_text(encoding="utf-8"), step)
+    except ValueError as error:  # also of an encoding that is not UTF-8
+        raise ReportError(f"{path}: not the log of a complete run: {error}.") from None
+
+
+def parse_log(path: Path, text: str, step: int | None) -> Run:
     source, *parts = re.split(r"^={100}\n", text, flags=re.MULTILINE)
-    if len(parts) not in (2, 3):
-        raise ReportError(f"{path}: not a whole log: expected source, environment, settings and steps with "
-                          f"lines of 100 '=' between them, found {len(parts)} such lines.")
+    if len(parts) not in (2, 3):  # published logs have no settings
+        raise ValueError("expected source, environment, settings and steps with lines of 100 '=' between "
+                         f"them, found {len(parts)} such lines")
     environment, lines = parts[0], parts[-1]
     settings = dict(SETTING.findall(parts[1])) if len(parts) == 3 else {}
-    peak, partial = PEAK.search(lines), PARTIAL.search(lines)
-    if partial or not peak:
-        wrong = f"part of a run: {partial[0]}" if partial else "cut: it has no last line on peak memory."
-        raise ReportError(f"{path}: {wrong}")
-    points, num_steps = read_steps(path, lines)
-    target = float(settings.get("target_loss", TARGET)) or None
-    if points[-1].step < num_steps and (target is None or points[-1].val_loss > target):
-        raise ReportError(f"{path}: cut: it ends at step {points[-1].step} of {num_steps} above its target.")
-    points = [point for point in points if step is None or point.step <= step]
-    last = points[-1]
-    if last.val_loss is None or step not in (None, last.step):
-        raise ReportError(f"{path}: expected a validation at step {step}, found none.")
-    return Run(path, source.rstrip("\n"), settings, points, num_steps, last.step, last.val_loss, last.seconds,
-               1000 * last.seconds / max(last.step, 1), target, int(peak[1]),
-               describe_hardware(environment, lines))
-
-
-def read_steps(path: Path, lines: str) -> tuple[list[Point], int]:
-    """The step lines and the planned number of steps. Raises ReportError if any is damaged or missing."""
-    matches, points = STEP.findall(lines), []
-    for step, _, val_loss, ms, train_loss in matches:
-        val_loss, train_loss = (float(text) if text else None for text in (val_loss, train_loss))
-        points.append(Point(int(step), int(ms) / 1000, val_loss, train_loss))
-    if not points or len(points) != len(re.findall(r"^step:", lines, re.MULTILINE)):
-        raise ReportError(f"{path}: damaged: expected whole step lines with finite losses.")
+    peak = re.search(r"^peak memory allocated: (\d+) MiB", lines, re.MULTILINE)
+    if not peak:
+        raise ValueError("expected a last line on peak memory, found none")
+    points, num_steps = [], 0
+    for number, last, val_loss, ms, train_loss in STEP.findall(lines):
+        losses = (float(text) if text else None for text in (val_loss, train_loss))
+        points.append(Point(int(number), int(ms) / 1000, *losses))
+        num_steps = int(last)
     trained = [point.step for point in points if point.val_loss is None]
-    seconds = [point.seconds for point in points]
-    in_order = trained == list(range(1, len(trained) + 1)) and seconds == sorted(seconds)
-    if not in_order or points[-1].val_loss is None or points[-1].step != len(trained):
-        raise ReportError(f"{path}: damaged: expected all steps in order and a validation at the end.")
-    return points, int(matches[0][1])
+    steps = list(range(1, len(trained) + 1))
+    if not points or trained != steps or points[-1].val_loss is None or points[-1].step != len(trained):
+        raise ValueError("expected all steps from 1 on, and a finite validation loss after the last")
+    points = [point for point in points if step is None or point.step <= step]
+    if points[-1].val_loss is None or step not in (None, points[-1].step):
+        raise ValueError(f"expected a validation at step {step}, found none")
+    target = float(settings.get("target_loss", TARGET)) or None
+    return Run(path, source.rstrip("\n"), settings, points, num_steps, target, int(peak[1]),
+               describe_hardware(environment, lines))
 
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
-    listed = re.search(r"^GPUs of this node: (.+)", environment, re.MULTILINE)
-    gpus = (listed[1].split(", ") if listed else
-            re.findall(r"^\|\s+\d+\s+(NVIDIA .+?)\s{2,}", environment, re.MULTILINE))
+    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA .+?)\s{2,}", environment, re.MULTILINE)
     if not gpus or re.search(r"^device: cpu", lines, re.MULTILINE):
         cpus = re.search(r"\d+ CPUs, \d+ threads", environment)
         return cpus[0] if cpus else "unknown"
@@ -160,67 +143,52 @@ class Group(NamedTuple):
         return "; ".join(sorted({run.hardware for run in self.runs}))
 
 
-def load(paths, step: int | None = None, strict: bool = False) -> list[Group]:
+def load(paths, step: int | None = None) -> list[Group]:
     """The sets at these paths: one per version of a race's folder, else one of all the logs.
 
-    Logs that cannot be read are named on stderr and left out. Raises ReportError if no other is there, or if
-    `strict`; and if the logs of a set differ in source or settings.
+    Raises OSError, and ReportError if a log is not complete, or if those of a set are of different versions.
     """
     paths = [Path(path) for path in paths]
-    versions = version_folders(paths[0]) if len(paths) == 1 else []
-    if versions:
-        return [load_group(folder, sorted(folder.glob("*.txt")), step, strict) for folder in versions]
+    if len(paths) == 1:  # a race
+        labels = race_labels(paths[0]) or sorted({log.parent.name for log in paths[0].glob("*/*.txt")})
+        folders = {paths[0] / label: sorted((paths[0] / label).glob("*.txt")) for label in labels}
+        if any(folders.values()):
+            return [load_group(folder, logs, step) for folder, logs in folders.items() if logs]
     logs = [log for path in paths for log in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
-    return [load_group(paths[0] if paths[0].is_dir() else paths[0].parent, logs, step, strict)]
+    return [load_group(paths[0] if paths[0].is_dir() else paths[0].parent, logs, step)]
 
 
-def load_group(folder: Path, logs: list[Path], step: int | None, strict: bool) -> Group:
-    group = Group(folder.resolve().name, [])
-    for log in logs:
-        try:
-            run = read_log(log, step)
-        except ReportError as error:
-            if strict:
-                raise
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        check_same_version(group.runs, run)
-        group.runs.append(run)
-    if not group.runs:
-        raise ReportError(f"{folder}: expected complete logs (*.txt) of one version, found none.")
-    return group
+def load_group(folder: Path, logs: list[Path], step: int | None) -> Group:
+    runs = [read_log(log, step) for log in logs]
+    if not runs:
+        raise ReportError(f"{folder}: expected logs (*.txt) of one version, found none.")
+    for number, run in enumerate(runs):
+        differ = differences(runs[0], run)
+        if differ:
+            raise ReportError(f"{runs[0].path} and {run.path} differ in {differ}: expected logs of one "
+                              "version; put --vs between those of two.")
+        if run.points in [other.points for other in runs[:number]]:
+            raise ReportError(f"{run.path}: the same run as another log; name it once.")
+    return Group(folder.resolve().name, runs)
+
+
+def differences(one, other) -> str:
+    """'mlp_dim (512, 384), source': in what two versions differ, which have `settings` and a `source`."""
+    found = [f"{name} ({one.settings.get(name)}, {other.settings.get(name)})"
+             for name in {**one.settings, **other.settings}
+             if name not in MAY_DIFFER and one.settings.get(name) != other.settings.get(name)]
+    return ", ".join(found + ["source"] * (one.source != other.source))
 
 
 def race_labels(race: Path) -> list[str]:
     """Labels of the versions in a race's race.json; none without one. Raises ReportError if it is damaged."""
     path = race / "race.json"
+    if not path.is_file():
+        return []
     try:
         return [version["label"] for version in json.loads(path.read_text(encoding="utf-8"))["versions"]]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError):
         raise ReportError(f"{path}: damaged: expected the versions of a race.") from None
-
-
-def version_folders(race: Path) -> list[Path]:
-    """Folders with logs in a race's folder, in the order of its race.json."""
-    order = race_labels(race)
-    folders = sorted({log.parent for log in race.glob("*/*.txt")})
-    return sorted(folders, key=lambda path: order.index(path.name) if path.name in order else len(order))
-
-
-def check_same_version(runs: list[Run], run: Run) -> None:
-    """Raises ReportError if `run` is of another version than `runs`, or is one of them."""
-    for other in runs:
-        differ = [f"{name} ({other.settings.get(name)}, {run.settings.get(name)})"
-                  for name in {**other.settings, **run.settings}
-                  if other.settings.get(name) != run.settings.get(name) and name not in MAY_DIFFER]
-        differ += ["source"] * (other.source != run.source)
-        if differ:
-            raise ReportError(f"{other.path} and {run.path} differ in {', '.join(differ)}: expected logs of "
-                              "one version; put --vs between those of two.")
-        if other.points == run.points:
-            raise ReportError(f"{other.path} and {run.path} are the same run; name it once.")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -239,29 +207,27 @@ def interval(new: list[float], old: list[float], paired: bool) -> tuple[float, f
     return fmean(new) - fmean(old), (high - low) / 2
 
 
-def compare(new: Group, old: Group) -> tuple[int, str]:
-    """The number of rounds by which two sets are paired (0 if they are not of one race), and what differs.
+def compare(new: Group, old: Group) -> str:
+    """'paired over 5 rounds: faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time); loss lower by ...'
 
-    'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time); loss higher by 0.0562 ± 0.0086'
+    Two versions of one race are compared round by round, others after Welch.
     """
-    new_runs, old_runs = ({run.path.name: run for run in group.runs} for group in (new, old))
-    rounds = sorted(name for name in new_runs.keys() & old_runs.keys() if name.startswith("round-"))
-    if len({run.path.resolve().parent.parent for run in (*new.runs, *old.runs)}) > 1:
-        rounds = []  # of different races
-    if rounds:
-        new, old = (Group("", [runs[name] for name in rounds]) for runs in (new_runs, old_runs))
-    times = interval(new.values("seconds"), old.values("seconds"), bool(rounds))
-    losses = interval(new.values("loss"), old.values("loss"), bool(rounds))
-    # a difference of logarithms is the logarithm of a ratio
-    log_new, log_old = ([math.log(max(x, 1e-6)) for x in group.values("seconds")] for group in (new, old))
-    log_ratio, log_half = interval(log_new, log_old, bool(rounds))
+    pairs = [(a, b) for a in new.runs for b in old.runs if a.round and a.round == b.round]
+    if pairs:
+        new, old = (Group("", runs) for runs in zip(*pairs))
+    times = interval(new.values("seconds"), old.values("seconds"), bool(pairs))
+    losses = interval(new.values("loss"), old.values("loss"), bool(pairs))
+    # A difference of logarithms is the logarithm of a ratio. At step 0 no time has passed.
+    logs = [[math.log(max(seconds, 1e-6)) for seconds in group.values("seconds")] for group in (new, old)]
+    log_ratio, log_half = interval(*logs, bool(pairs))
     ratio = math.exp(log_ratio)
-    return len(rounds), (f"{clause(*times, 2, ' s', 'time', 'faster', 'slower')} "
-                         f"({plus_minus(ratio, ratio * math.sinh(log_half), 4)} of the time); "
-                         f"{clause(*losses, 4, '', 'loss', 'loss lower', 'loss higher')}")
+    way = f"paired over {len(pairs)} rounds" if pairs else "unpaired (a claim of speed needs a race)"
+    return (f"{way}: {verdict(*times, 2, ' s', 'time', 'faster', 'slower')} "
+            f"({plus_minus(ratio, ratio * math.sinh(log_half), 4)} of the time); "
+            f"{verdict(*losses, 4, '', 'loss', 'loss lower', 'loss higher')}")
 
 
-def clause(value: float, half: float, digits: int, unit: str, what: str, below: str, above: str) -> str:
+def verdict(value: float, half: float, digits: int, unit: str, what: str, below: str, above: str) -> str:
     """'faster by 1.42 ± 0.19 s', or that there is no clear difference."""
     if abs(value) > half:
         return f"{below if value < 0 else above} by {plus_minus(abs(value), half, digits)}{unit}"
@@ -282,75 +248,57 @@ def p_value(losses: list[float], target: float) -> float:
     """p of the one-sided t-test that the mean loss is below the target; nan without two different losses."""
     if len(set(losses)) < 2:
         return math.nan
-    return float(stats.ttest_1samp(losses, target, alternative="less").pvalue)
+    return stats.ttest_1samp(losses, target, alternative="less").pvalue
 
 
-def p_text(p: float) -> str:
-    return "-" if math.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.2g}"
-
-
-def reached(group: Group, target: float) -> str:
-    """How many runs came to the target: '10 of 10, at step 90 to 100', '0 of 3'."""
-    steps = sorted(step for run in group.runs if (step := run.target_step(target)) is not None)
-    span = f", at step {' to '.join(map(str, sorted({steps[0], steps[-1]})))}" if steps else ""
-    return f"{len(steps)} of {len(group.runs)}{span}"
+def reached(group: Group) -> str:
+    """How many runs came to their target, and the step: '10 of 10, at step 90 to 100', '0 of 3'."""
+    steps = []  # of the first validation at or below the target
+    for run in group.runs:
+        steps += [point.step for point in run.points if point.val_loss and point.val_loss <= run.target][:1]
+    span = " to ".join(map(str, sorted({min(steps), max(steps)}))) if steps else ""
+    return f"{len(steps)} of {len(group.runs)}" + (f", at step {span}" if steps else "")
 
 
 # ----------------------------------------------------------------------------------------------------
 # Output: text, curves, and the tables of the records
 
-COLUMNS = ["runs", "final loss", "p (mean ≤ target)", "reached", "time, s", "step, ms"]
-
 
 def cells(group: Group) -> list[str]:
     """The cells under COLUMNS; ± is the standard deviation over runs."""
     target, losses = group.runs[0].target, group.values("loss")
-    return [str(len(losses)), spread(losses, 4),
-            f"{p_text(p_value(losses, target))} ({target:g})" if target else "-",
-            reached(group, target) if target else "-",
+    p = p_value(losses, target) if target else math.nan
+    return [str(len(losses)), spread(losses, 4), "-" if math.isnan(p) else f"{p:.2g} ({target:g})",
+            reached(group) if target else "-",
             spread(group.values("seconds"), 2), spread(group.values("step_avg"), 1)]
 
 
-def describe(group: Group, target: float | None) -> str:
-    """A set's runs, their means, and whether they meet the target (default: the logs' own)."""
-    lines = [f"{group.label}, {group.hardware()}"]
-    for run in group.runs:
-        lines.append(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.loss:.4f} at step "
-                     f"{run.step}/{run.num_steps}, {run.seconds:.2f} s, {run.step_avg:.2f} ms per step, "
-                     f"peak {run.peak} MiB")
-    lines.append(f"{len(group.runs)} runs, mean ± standard deviation: "
-                 f"loss {spread(group.values('loss'), 4)}, time {spread(group.values('seconds'), 2)} s, "
-                 f"step {spread(group.values('step_avg'), 2)} ms")
-    target = target or group.runs[0].target
-    if target:
-        p = p_value(group.values("loss"), target)
-        met = "meets" if p < CLAIM else "is not shown to meet"
-        lines.append(f"target {target:g}: reached by {reached(group, target)}; the mean loss {met} it: "
-                     f"p {p_text(p)}, and a claim needs p < {CLAIM}")
-    return "\n".join(lines)
-
-
-def describe_difference(new: Group, old: Group) -> str:
-    rounds, sentence = compare(new, old)
-    way = f"paired over {rounds} rounds" if rounds else "unpaired (a claim of speed needs a race)"
-    lines = [f"{new.label} against {old.label}, {way}: {sentence}"]
-    if new.hardware() != old.hardware():
-        lines.append(f"  their times do not compare: {new.hardware()} against {old.hardware()}")
-    if len({run.step for run in (*new.runs, *old.runs)}) > 1:
-        lines.append("  the runs end at different steps: --step N compares losses at step N")
-    return "\n".join(lines)
-
-
-def report(groups: list[Group], target: float | None = None) -> None:
-    """Print each set, and how each differs from the first."""
-    blocks = [describe(group, target) for group in groups]
-    print("\n\n".join(blocks + [describe_difference(group, groups[0]) for group in groups[1:]]))
+def report(groups: list[Group]) -> None:
+    """Print each set, whether it meets its target, and how it differs from the first."""
+    for group in groups:
+        print(f"{group.label}, {group.hardware()}")
+        for run in group.runs:
+            print(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.loss:.4f} at step "
+                  f"{run.step}/{run.num_steps}, {run.seconds:.2f} s, {run.step_avg:.2f} ms per step, peak "
+                  f"{run.peak} MiB")
+        figures = zip(COLUMNS, cells(group))
+        print(" ", "; ".join(f"{name}: {cell}" for name, cell in figures if cell != "-"))
+        target = group.runs[0].target
+        if target:
+            met = "meets" if p_value(group.values("loss"), target) < CLAIM else "is not shown to meet"
+            print(f"  the mean loss {met} the target {target:g} with p < {CLAIM}")
+    for group in groups[1:]:
+        print(f"\n{group.label} against {groups[0].label}, {compare(group, groups[0])}")
+        if group.hardware() != groups[0].hardware():
+            print("  their times do not compare: they ran on different hardware")
+        if len({run.step for run in (*group.runs, *groups[0].runs)}) > 1:
+            print("  the runs end at different steps: --step N compares losses at step N")
 
 
 def draw(groups: list[Group], path: str) -> None:
-    """Draw loss against steps and against training time, from a tenth of the steps on.
+    """Draw loss against steps and against training time: validations as points, training losses faint.
 
-    Validations are points, training losses are faint.
+    The first tenth of the steps is left out, because its losses are so much higher.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -373,90 +321,66 @@ def draw(groups: list[Group], path: str) -> None:
     figure.savefig(path, dpi=130)
 
 
-def leaderboard(folder: Path) -> dict[Path, str]:
+def leaderboard() -> dict[Path, str]:
     """README file -> its text with the table that the logs give. Raises ReportError for a wrong record."""
-    rows, pages = [["date", "what changed", "hardware", *COLUMNS]], {}
-    for record in sorted(folder.glob("????-??-??_*"), reverse=True):
-        page, groups = record / "README.md", load_record(record)
-        text = page.read_text(encoding="utf-8") if page.is_file() else ""
-        title = re.search(r"^What: (.+)", text, re.MULTILINE) or re.search(r"^# (.+)", text, re.MULTILINE)
-        if not title:
-            raise ReportError(f"{page}: expected a heading or a line 'What: ...', found none.")
-        own = [["version", *COLUMNS, f"against {groups[0].label}"]]
+    board, pages = [["date", "what changed", "hardware", *COLUMNS]], {}
+    for record in sorted(RECORDS.glob("????-??-??_*"), reverse=True):
+        page, groups = record / "README.md", load([record])
+        rounds = [f"round-{n:02}.txt" for n in range(1, 1 + max(len(group.runs) for group in groups))]
+        table = [["version", *COLUMNS, f"against {groups[0].label}"]]
+        text = page.read_text(encoding="utf-8")
+        title = text.partition("\n")[0].lstrip("# ") or record.name
         for group in groups:
-            link = f"[{title[1]}]({record.name})" + (f": {group.label}" if len(groups) > 1 else "")
-            against = "-" if group is groups[0] else compare(group, groups[0])[1]
-            rows.append([record.name[:10], link, group.hardware(), *cells(group)])
-            own.append([group.label, *cells(group), against])
+            names = [run.path.name for run in group.runs]
+            if group.runs[0].round and names != rounds:
+                raise ReportError(f"{record}, {group.label}: expected {', '.join(rounds)}, found only "
+                                  f"{', '.join(names)}.")
+            link = f"[{title}]({record.name})" + f": {group.label}" * (len(groups) > 1)
+            board.append([record.name[:10], link, group.hardware(), *cells(group)])
+            against = "-" if group is groups[0] else compare(group, groups[0])
+            table.append([group.label, *cells(group), against])
         if BEGIN in text:
-            pages[page] = with_table(page, own)
-    return pages | {folder / "README.md": with_table(folder / "README.md", rows)}
-
-
-def load_record(record: Path) -> list[Group]:
-    """The sets of a record. Raises ReportError if a log is not complete, or a round of a race is missing."""
-    groups = load([record], strict=True)
-    rounds = {run.path.name for group in groups for run in group.runs if run.path.name.startswith("round-")}
-    rounds |= {f"round-{number:02}.txt" for number in range(1, len(rounds) + 1)}
-    for group in groups:
-        missing = rounds - {run.path.name for run in group.runs}
-        if missing:
-            log = group.runs[0].path.parent / min(missing)
-            raise ReportError(f"{log}: missing: expected every round of a race in its record.")
-    return groups
+            pages[page] = with_table(page, table)
+    return pages | {RECORDS / "README.md": with_table(RECORDS / "README.md", board)}
 
 
 def with_table(page: Path, rows: list[list[str]]) -> str:
     """The page's text with these rows as the table between its two markers."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join(["---"] * len(rows[0])) + " |")
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
         raise ReportError(f"{page}: expected the lines {BEGIN!r} and {END!r} around the table.")
-    return "\n".join([before + begin, *lines, end + after])
-
-
-def update_tables(folder: Path, check: bool) -> None:
-    """Write the tables; with `check`, raise ReportError for one that is not what its logs give."""
-    for page, text in leaderboard(folder).items():
-        if check and page.read_text(encoding="utf-8") != text:
-            raise ReportError(f"{page}: its table is not what the logs give; run: python records/report.py "
-                              "--leaderboard")
-        page.write_text(text, encoding="utf-8")
-
-
-def parse_arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", nargs="*", metavar="DIR_OR_LOG")
-    parser.add_argument("--vs", nargs="+", metavar="DIR_OR_LOG", help="the set to compare with")
-    parser.add_argument("--step", type=int, help="take loss and time at this step (default: the last)")
-    parser.add_argument("--target", type=float, help="target loss in nats per token (default: the logs' own)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves")
-    parser.add_argument("--leaderboard", nargs="?", const=RECORDS, type=Path, metavar="FOLDER",
-                        help="write the tables of the records in this folder (default: records/)")
-    parser.add_argument("--check", action="store_true", help="with --leaderboard: only check the tables")
-    args = parser.parse_args(argv)
-    if bool(args.logs) == bool(args.leaderboard) or (args.check and not args.leaderboard):
-        parser.error("expected logs or folders of logs, or --leaderboard with or without --check")
-    return args
+    return f"{before}{begin}\n{table}{end}{after}"
 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0, or 1 after one sentence on stderr; argparse exits with 2."""
-    args = parse_arguments(argv)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="*", metavar="DIR_OR_LOG")
+    parser.add_argument("--vs", nargs="+", default=[], metavar="DIR_OR_LOG", help="the set to compare with")
+    parser.add_argument("--step", type=int, help="take loss and time at this step (default: the last)")
+    parser.add_argument("--target", type=float, help="target loss in nats per token (default: the logs' own)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves")
+    parser.add_argument("--leaderboard", action="store_true", help="write the tables of the records")
+    parser.add_argument("--check", action="store_true", help="with --leaderboard: only check the tables")
+    args = parser.parse_args(argv)
+    if bool(args.logs) == args.leaderboard:
+        parser.error("expected either logs and folders of logs, or --leaderboard")
     try:
         if args.leaderboard:
-            update_tables(args.leaderboard, args.check)
+            for page, text in leaderboard().items():
+                if args.check and page.read_text(encoding="utf-8") != text:
+                    raise ReportError(f"{page}: its table is not what the logs give; run: python "
+                                      "records/report.py --leaderboard")
+                page.write_text(text, encoding="utf-8")
             return 0
-        groups = load(args.logs, args.step)
-        if args.vs:
-            old = load(args.vs, args.step)
-            if len(old) > 1:
-                raise ReportError(f"report.py: --vs: expected one set, found {len(old)}; name one of them.")
-            groups = old + groups
-        report(groups, args.target)
+        groups = [*(load(args.vs, args.step) if args.vs else []), *load(args.logs, args.step)]
+        for run in (run for group in groups for run in group.runs):
+            run.target = args.target or run.target
+        report(groups)
         if args.plot:
             draw(groups, args.plot)
     except (ReportError, OSError) as error:

@@ -22,7 +22,7 @@ if value["width"] == "0":
     print("WIDTH: expected at least 1, found 0.", file=sys.stderr)
     sys.exit(2)
 if "--dry-run" in sys.argv:
-    print("settings:", *(f"  {name}: {x}" for name, x in value.items()), "overridden: x", sep="\\n")
+    print("settings:", *(f"  {name}: {x}" for name, x in value.items()), f"batch: {os.environ.get('NPROC', 1)} ranks", sep="\\n")
     sys.exit()
 print("step:1/4 train_time:1ms step_avg:1.00ms", flush=True)
 with open(os.environ["CALLS"], "a") as calls:
@@ -99,18 +99,23 @@ def test_a_seed_in_the_environment_or_of_a_version_holds_in_all_rounds(racing, m
     assert racing.run(racing.a, f"{racing.b} SEED=9", "-n", 1)[:2] == (0, ["a 1 4", "b 1 9"])
 
 
+def test_a_run_has_the_processes_that_its_plan_names(racing, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    assert racing.run(racing.a, "-n", 1)[:2] == (0, ["a 1 1", "a 1 1"])
+
+
 def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(racing, monkeypatch):
     monkeypatch.setenv("FAIL", "b 2")
     code, calls, _, err = racing.run(racing.a, racing.b, "-n", 3)
     assert code == 1 and calls == ["a 1 1", "b 1 1", "a 1 2", "b 1 2"]
     assert racing.logs() == ["a/round-01.txt", "a/round-02.txt", "b/round-01.txt"]
-    assert "b, seed 2: the run ended with exit code 1: " in err and "the loss is not finite" in err
+    assert "b, seed 2: its run ended with exit code 1: " in err and "the loss is not finite" in err
 
 
 def test_a_log_that_is_not_complete_does_not_count(racing):
     cut = racing.script("a", extra="path.write_text(path.read_text()[:-60])\n")
     code, _, _, err = racing.run(cut, "-n", 1)
-    assert code == 1 and not racing.logs() and "a/logs/run.txt: cut: " in err
+    assert code == 1 and not racing.logs() and "a/logs/run.txt: not the log of a complete run: " in err
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -138,33 +143,32 @@ def test_a_race_is_not_continued_with_other_versions(racing, monkeypatch):
         assert code == 1 and not calls and what in err and err.count("\n") == 1
 
     refused("expected a race of b, a, found one of a, b; name another --out.", racing.b, racing.a)
-    refused("width was 1, is 2; restore it", f"a:{racing.a} WIDTH=2", racing.b)
-    refused("seed was 1, is 7; restore it", f"a:{racing.a} SEED=7", racing.b)
+    refused("they differ in width (1, 2); restore it", f"a:{racing.a} WIDTH=2", racing.b)
+    refused("they differ in seed (1, 7); restore it", f"a:{racing.a} SEED=7", racing.b)
     monkeypatch.setenv("TARGET_LOSS", "2")
-    refused("target_loss was 1, is 2; restore it", racing.a, racing.b)
+    refused("they differ in target_loss (1, 2); restore it", racing.a, racing.b)
     monkeypatch.delenv("TARGET_LOSS")
-    refused("its source has changed", racing.a, racing.script("b", extra="# edited\n"))
+    refused("they differ in source; restore it", racing.a, racing.script("b", extra="# edited\n"))
     log = racing.out / "a/round-01.txt"
     log.write_text(log.read_text()[:-50])
-    refused("Delete this log to run it again.", racing.a, racing.b)
+    refused("not the log of a complete run: ", racing.a, racing.b)
     (racing.out / "race.json").write_text("{")
     log.unlink()
     refused("race.json: damaged", racing.a)
 
 
 @pytest.mark.parametrize("versions, what", [
-    (["{a}", "{b} WIDTH=0"], "race.py: b_WIDTH=0 cannot run: WIDTH: expected at least 1, found 0."),
+    (["{a}", "{b} WIDTH=0"], "b_WIDTH=0 cannot run: WIDTH: expected at least 1, found 0."),
     (["{a}", "{b} WITH=2"], "WITH is not a setting that a race can override."),
     (["{a}", "{b} LOG_DIR=2"], "LOG_DIR is not a setting that a race can override."),
-    (["{a}", "{b} NPROC=x"], "NPROC: expected a number of processes, found 'x'."),
-    (["{a}", "{a}"], "two versions have the label 'a'; put LABEL: in front of one."),
+    (["{a}", "{a}"], "a, a: expected different labels; put LABEL: in front of one."),
     (["no mlp:WIDTH=0"], "expected NAME=VALUE, found 'mlp:WIDTH=0'."),
     (["no-such-thing"], "'no-such-thing': expected a script, a git revision or NAME=VALUE"),
     (["'unclosed"], "No closing quotation."),
 ])
 def test_what_cannot_run_is_said_before_anything_runs(racing, versions, what):
     code, calls, _, err = racing.run(*(text.format(a=racing.a, b=racing.b) for text in versions))
-    assert code == 2 and not calls and what in err and err.count("\n") == 1
+    assert code == 1 and not calls and what in err and err.count("\n") == 1
     assert not racing.out.exists()
 
 

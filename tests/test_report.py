@@ -59,7 +59,6 @@ def test_a_log_of_ours_is_read_as_it_stands(tmp_path):
     assert log.source == "a = 1\n\nb = 2" and log.settings["seed"] == "3"
     assert (log.loss, log.step, log.num_steps, log.seconds, log.step_avg) == (1.6, 4, 4, 0.4, 100.0)
     assert (log.peak, log.target, log.hardware) == (7, 1.7, "2 CPUs, 2 threads")
-    assert log.target_step(3.7) == 2 and log.target_step(1.0) is None
 
 
 def test_the_published_speedruns_figures_come_out(tmp_path, run):
@@ -70,47 +69,43 @@ def test_the_published_speedruns_figures_come_out(tmp_path, run):
     write(tmp_path / "old", *map(published_log, old, [164_254, 164_654] * 5), name="{}.txt")
     code, out, err = run(tmp_path / "new", "--vs", tmp_path / "old")
     assert code == 0 and not err and "new, 2 x NVIDIA H100 80GB HBM3" in out
-    assert re.search(r"loss 3\.2778 ± 0\.00\d\d, time 163\.04 ± 0\.19 s", out)
-    assert re.search(r"loss 3\.2770 ± 0\.00\d\d, time 164\.45 ± 0\.21 s", out)
+    assert re.search(r"loss: 3\.2778 ± 0\.00\d\d; .* time, s: 163\.04 ± 0\.19", out)
+    assert re.search(r"loss: 3\.2770 ± 0\.00\d\d; .* time, s: 164\.45 ± 0\.21", out)
     assert "new against old, unpaired" in out and "faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of" in out
-    assert out.count("the mean loss meets it: p ") == 2
+    assert out.count("the mean loss meets the target 3.28 with p < 0.01") == 2
 
 
 GOOD = our_log()
 BAD = {
-    "part of a run: stopped by SIGTERM": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM after step 2\n",
-    "part of a run: resumed: x": GOOD.replace("step:0/4 val", "resumed: x\nstep:0/4 val"),
-    "cut: it has no last line": GOOD.partition("step:3/4 ")[0],
-    "cut: it ends at step 4 of 9": our_log(loss=1.8, steps=9),
-    "expected all steps": re.sub("step:3/4 .*\n", "", GOOD),
-    "in order": GOOD.replace("train_time:300ms", "train_time:30ms"),
-    "a validation at the end": re.sub("step:4/4 val_loss.*\n", "", GOOD),
-    "expected whole step lines": GOOD.replace("val_loss:1.6000 train", "val_loss:nan train"),
-    "not a whole log: expected": "shopping list\n",
-    "cannot be read: 'utf-8' codec": None,
+    "a last line on peak memory, found none": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM\n",
+    "expected all steps from 1 on": re.sub("step:3/4 .*\n", "", GOOD),
+    "from 1 on": re.sub("step:[01]/4 .*\n", "", GOOD),  # resumed
+    "a finite validation loss after the last": re.sub("step:4/4 val_loss.*\n", "", GOOD),
+    "and a finite validation loss": GOOD.replace("val_loss:1.6000 train", "val_loss:nan train"),
+    "expected source, environment, settings and steps": "shopping list\n",
+    "'utf-8' codec": GOOD.encode("utf-16"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_log_is_named_and_left_out_and_the_rest_counts(tmp_path, run, what):
-    folder = write(tmp_path, BAD[what] or "", GOOD)
-    if BAD[what] is None:
-        (folder / "round-01.txt").write_bytes(b"\xff\xfe")
-    code, out, err = run(folder)
-    assert code == 0 and "1 runs" in out
-    assert err.startswith(f"left out: {folder / 'round-01.txt'}: ") and what in err and err.count("\n") == 1
+def test_a_log_that_is_not_of_a_complete_run_is_refused(tmp_path, run, what):
+    log, content = write(tmp_path, "", GOOD) / "round-01.txt", BAD[what]
+    log.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, err = run(tmp_path)
+    assert code == 1 and not out and err.startswith(f"{log}: not the log of a complete run: ")
+    assert what in err and err.count("\n") == 1
 
 
-def test_without_a_complete_log_the_exit_code_is_1(tmp_path, run):
-    code, out, err = run(tmp_path / "none.txt")
-    assert code == 1 and not out and "none.txt: cannot be read: No such file or directory." in err
-    assert f"{tmp_path}: expected complete logs" in err
+def test_without_a_log_the_exit_code_is_1(tmp_path, run):
+    assert "No such file or directory" in run(tmp_path / "none.txt")[2]
+    code, out, err = run(tmp_path)
+    assert code == 1 and not out and err == f"{tmp_path}: expected logs (*.txt) of one version, found none.\n"
 
 
 @pytest.mark.parametrize("other, what", [
     (our_log(1.5, source="print(2)\n"), "differ in source: "),
     (our_log(1.5, mlp_dim=5), "differ in mlp_dim (None, 5): "),
-    (GOOD, "are the same run; name it once."),
+    (GOOD, "the same run as another log; name it once."),
 ])
 def test_a_set_is_of_one_version(tmp_path, run, other, what):
     code, out, err = run(write(tmp_path, GOOD, other))
@@ -157,17 +152,18 @@ def test_losses_are_compared_at_a_step(race, run):
 
 def test_runs_that_reach_a_target_are_counted(tmp_path, run):
     write(tmp_path, our_log(1.6), our_log(1.75))
-    assert "target 1.7: reached by 1 of 2, at step 4; the mean loss is not shown to meet" in run(tmp_path)[1]
-    assert "target 3.7: reached by 2 of 2, at step 2 to 4;" in run(tmp_path, "--target", 3.7)[1]
+    out = run(tmp_path)[1]
+    assert "reached: 1 of 2, at step 4;" in out and "loss is not shown to meet the target 1.7" in out
+    assert "reached: 2 of 2, at step 2 to 4;" in run(tmp_path, "--target", 3.7)[1]
     write(tmp_path, our_log(1.6, ms=90), our_log(1.6, ms=91))  # equal losses: one seed, perhaps
-    assert "the mean loss is not shown to meet it: p -," in run(tmp_path)[1]
+    out = run(tmp_path)[1]
+    assert "p (mean" not in out and "loss is not shown to meet" in out
 
 
 def test_times_of_other_hardware_are_pointed_out(tmp_path, run):
     write(tmp_path / "old", our_log(), our_log(1.5))
     write(tmp_path / "new", our_log().replace("2 threads", "1 threads"))
-    out = run(tmp_path / "new", "--vs", tmp_path / "old")[1]
-    assert "their times do not compare: 2 CPUs, 1 threads against 2 CPUs, 2 threads" in out
+    assert "their times do not compare: " in run(tmp_path / "new", "--vs", tmp_path / "old")[1]
 
 
 def test_the_plot_is_a_picture(race, run, tmp_path):
@@ -175,51 +171,46 @@ def test_the_plot_is_a_picture(race, run, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--check"], ["x", "--leaderboard", "y"], ["x", "--nonsense"]])
+@pytest.mark.parametrize("arguments", [[], ["x", "--leaderboard"]])
 def test_wrong_arguments_have_exit_code_2(arguments):
     with pytest.raises(SystemExit, match="2"):
         report.main(arguments)
 
 
 @pytest.fixture
-def records(race):
+def records(race, monkeypatch):
     """A folder of two records: a race, and two runs of one version."""
-    marked = f"# Wider\n\n{report.BEGIN}\n{report.END}\n\nafter\n"
     race = race.rename(race.with_name("2026-02-03_Two"))
     one = write(race.with_name("2026-01-02_One"), our_log(), our_log(1.5), name="{}.txt")
-    (one / "README.md").write_text("# Title\n\nWhat: one | run\n")
+    (one / "README.md").write_text("# One run\n\nText.\n")
     for folder in (race, race.parent):
-        (folder / "README.md").write_text(marked)
+        (folder / "README.md").write_text(f"# Wider\n\n{report.BEGIN}\n{report.END}\n\nafter\n")
+    monkeypatch.setattr(report, "RECORDS", race.parent)
     return race.parent
 
 
 def test_the_tables_are_what_the_logs_give(records, run):
-    assert run("--leaderboard", records)[0] == 0
+    assert run("--leaderboard")[0] == 0
     text = (records / "README.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| 2026")]
     assert text.startswith("# Wider") and text.endswith("\n\nafter\n") and len(rows) == 3
     assert rows[0].startswith("| 2026-02-03 | [Wider](2026-02-03_Two): b | 2 CPUs, 2 threads | 3 | 1.5000 ±")
-    assert rows[2] == ("| 2026-01-02 | [one \\| run](2026-01-02_One) | 2 CPUs, 2 threads | 2 | "
-                       "1.5500 ± 0.0707 | 0.1 (1.7) | 2 of 2, at step 4 | 0.40 ± 0.00 | 100.0 ± 0.0 |")
-    assert re.search(r"\| a \| 3 \|.*\| faster by 0\.22", (records / "2026-02-03_Two/README.md").read_text())
-    assert run("--leaderboard", records, "--check")[0] == 0
+    assert rows[2] == ("| 2026-01-02 | [One run](2026-01-02_One) | 2 CPUs, 2 threads | 2 | 1.5500 ± 0.0707 | "
+                       "0.1 (1.7) | 2 of 2, at step 4 | 0.40 ± 0.00 | 100.0 ± 0.0 |")
+    assert re.search(r"\| a \| 3 \|.*: faster by 0\.22", (records / "2026-02-03_Two/README.md").read_text())
+    assert run("--leaderboard", "--check")[0] == 0
     for page in ("README.md", "2026-02-03_Two/README.md"):
         path = records / page
         text = path.read_text()
         path.write_text(text.replace("1.5000", "1.4000"))
-        assert f"{path}: its table is not what" in run("--leaderboard", records, "--check")[2]
+        assert f"{path}: its table is not what" in run("--leaderboard", "--check")[2]
         path.write_text(text)
 
 
-def test_a_record_has_every_round_and_whole_logs(records, run):
-    log = records / "2026-02-03_Two/a/round-02.txt"
-    text = log.read_text()
-    log.write_text(text[:-50])
-    assert f"{log}: cut" in run("--leaderboard", records)[2]
-    log.unlink()
-    assert f"{log}: missing" in run("--leaderboard", records)[2]
-    (records / "2026-02-03_Two/b/round-02.txt").unlink()
-    assert "round-02.txt: missing" in run("--leaderboard", records)[2]
+def test_a_record_has_every_round(records, run):
+    for version, found in (("a", "round-01.txt, round-03.txt"), ("b", "round-01.txt, round-03.txt")):
+        (records / f"2026-02-03_Two/{version}/round-02.txt").unlink()
+        assert f"found only {found}." in run("--leaderboard")[2]
 
 
 def test_the_tables_of_this_repository_are_what_their_logs_give(run):
