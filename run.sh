@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Train or test, after setting up what that needs: in the current Python if it has the packages, else in .venv.
-#
 #   ./run.sh                               train: preset, device and number of processes are chosen, and told
 #   NPROC=2 NUM_ITERATIONS=200 ./run.sh    any setting, from the environment
 #   ./run.sh --help | --dry-run            explain the settings | check settings and data, show the plan
 #   ./run.sh test [WORDS]                  run the tests; the words go to pytest
 set -eu
 
-here=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+here=$(cd -- "$(dirname -- "$0")" && pwd)
 python=${PYTHON:-python3}  # PYTHON names another interpreter
 needs=("$here/requirements.txt")
 if [ "${1:-}" = test ]; then needs+=("$here/tests/requirements.txt"); fi
@@ -19,10 +18,10 @@ fi
 
 has_packages() {  # whether an interpreter has every package that the files in needs list
     "$1" - "${needs[@]}" 2> /dev/null <<'PY'
-import sys
+import fileinput
 from importlib.metadata import version
 from pip._vendor.packaging.requirements import Requirement
-for line in (line for path in sys.argv[1:] for line in open(path)):
+for line in fileinput.input():
     if text := line.split("#")[0].strip():
         need = Requirement(text)
         if not need.marker or need.marker.evaluate():
@@ -47,6 +46,4 @@ esac
 plan=$("$python" "$here/train_gpt.py" --dry-run "$@")  # what is wrong is told here, once
 nproc=$(sed -n 's/^batch: \([0-9]*\) ranks.*/\1/p' <<< "$plan")
 if [ "$nproc" -eq 1 ]; then exec "$python" "$here/train_gpt.py" "$@"; fi
-cores=$(getconf _NPROCESSORS_ONLN)  # several processes on a CPU share its cores
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$here/train_gpt.py" "$@"
