@@ -3,12 +3,12 @@ Fetch FineWeb as GPT-2 tokens: the validation shard and the first N training sha
 
     python data/cached_fineweb10B.py [N]
 
-N is 1 to 103. The default is what the speedrun needs, or a run of NUM_ITERATIONS steps of BATCH_TOKENS tokens
-if the environment sets these. A shard is 200 MB. The shards go to data/fineweb10B below DATA_PATH, or below
-this checkout. A shard gets its name when its SHA-256 and header were found correct. Correct shards are kept:
-after an interruption, or for a larger N, run this again. The first run notes the commit of the dataset in
-revision.txt beside the shards, and later runs fetch from that commit. Needs huggingface_hub, whose settings
-apply (HF_ENDPOINT for a mirror, HF_TOKEN, proxies).
+N is 1 to 103; 10, the default, is what the speedrun needs. ./run.sh --dry-run says what another run needs.
+A shard is 200 MB. The shards go to data/fineweb10B below DATA_PATH, or below this checkout. A shard gets its
+name when its SHA-256 was found correct. Whole shards are kept: after an interruption, or for a larger N, run
+this again. The first run notes the commit of the dataset in revision.txt beside the shards, and later runs
+fetch from that commit. Needs huggingface_hub, whose settings apply (HF_ENDPOINT for a mirror, HF_TOKEN,
+proxies).
 """
 
 import argparse
@@ -23,34 +23,6 @@ from shards import HEADER_WORDS, MAGIC, VERSION, DataError
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 NUM_SHARDS = 103  # training shards in the repository
-SPEEDRUN = {"NUM_ITERATIONS": 1705, "BATCH_TOKENS": 393_216}  # defaults of train_gpt.py
-
-
-def shards_needed(steps: int, batch_tokens: int) -> int:
-    """Training shards for `steps` steps of `batch_tokens` tokens in one pass.
-
-    Batches drop the ends of documents: in the published speedrun of September 2025, nine shards of 100M
-    tokens lasted for about 1,697 steps of 393,216 tokens, so 74.1 % of the tokens are used.
-    """
-    return -(-9 * steps * batch_tokens // (1697 * 393_216))
-
-
-def whole_number(name: str, text: str, most: int) -> int:
-    """`text` as a number of 1 to `most`. Raises DataError."""
-    if text.isdecimal() and 1 <= int(text) <= most:
-        return int(text)
-    raise DataError(f"{name}: expected a whole number of 1 to {most:,}, found {text!r}; correct it.")
-
-
-def planned_shards() -> int:
-    """Training shards for the run that the environment describes. Raises DataError for a wrong setting."""
-    steps, batch_tokens = (whole_number(name, os.environ.get(name, str(default)), 2**31 - 1)
-                           for name, default in SPEEDRUN.items())
-    needed = shards_needed(steps, batch_tokens)
-    print(f"{steps:,} steps of {batch_tokens:,} tokens need {needed} training shards")
-    if needed > NUM_SHARDS:
-        print(f"the repository has {NUM_SHARDS}: train with EPOCHS={-(-needed // NUM_SHARDS)}")
-    return min(needed, NUM_SHARDS)
 
 
 def shard_problem(path: Path) -> str:
@@ -72,12 +44,10 @@ def fetch_shard(folder: Path, name: str, revision: str, sha256: str) -> None:
     with open(part, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    problem = shard_problem(part)
     if digest.hexdigest() != sha256:
-        problem = f"expected SHA-256 {sha256} as the hub says, found {digest.hexdigest()}"
-    if problem:
         part.unlink()
-        raise DataError(f"{name}: {problem}. Run this again; if it stays, the hub's file is wrong.")
+        raise DataError(f"{name}: expected SHA-256 {sha256} as the hub says, found {digest.hexdigest()}; run "
+                        "this again.")
     os.replace(part, folder / name)
 
 
@@ -127,13 +97,14 @@ def run(folder: Path, count: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", nargs="?", metavar="N", help="training shards, 1 to 103")
+    parser.add_argument("count", nargs="?", type=int, default=10, metavar="N", help="training shards (10)")
     count = parser.parse_args(arguments).count
+    if not 1 <= count <= NUM_SHARDS:
+        parser.error(f"N: expected 1 to {NUM_SHARDS} training shards, found {count}")
     root = Path(os.environ.get("DATA_PATH") or Path(__file__).resolve().parent.parent)
     try:
         if not root.is_dir():
             raise DataError(f"DATA_PATH: expected a folder, found none at {root}; correct it or make it.")
-        count = planned_shards() if count is None else whole_number("N", count, NUM_SHARDS)
         run(root / "data" / "fineweb10B", count)
     except (DataError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
