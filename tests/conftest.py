@@ -26,23 +26,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = dict(
-    model_dim=32,
-    num_heads=2,
-    mlp_dim=64,
-    vocab_size=50,
-    vocab_multiple=8,
-    bos_id=49,
-    batch_tokens=512,
-    microbatches=8,
-    max_seq_len=40,
-    val_tokens=256,
-    val_slice_tokens=64,
-    num_iterations=6,
-    val_loss_every=3,
-    warmup_steps=3,
-    window_block=4,
-    dtype="float32",
-    torch_compile=False,
+    model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, vocab_multiple=8, bos_id=49, batch_tokens=512,
+    microbatches=8, max_seq_len=40, val_tokens=256, val_slice_tokens=64, num_iterations=6, val_loss_every=3,
+    warmup_steps=3, window_block=4, dtype="float32", torch_compile=False,
 )
 
 
@@ -81,10 +67,28 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
     return path
 
 
+def read_shard(path, bos=256):
+    """The documents of a shard, without BOS."""
+    header, tokens = np.fromfile(path, "<i4", count=256), np.fromfile(path, "<u2", offset=1024)
+    assert header.tolist() == [20240520, 1, len(tokens)] + 253 * [0]
+    starts = np.flatnonzero(tokens == bos)
+    assert starts[0] == 0
+    return [part[1:] for part in np.split(tokens, starts[1:])]
+
+
 def random_documents(seed, count, longest=90, vocab_size=50, bos=49):
     """`count` documents of random length, each opened by BOS, as a list of arrays."""
     rng = np.random.default_rng(seed)
     return [np.append(bos, rng.integers(0, bos, size=rng.integers(0, longest))) for _ in range(count)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found, expected):
+    """Size of the difference of two tensors, relative to the expected one."""
+    return ((found.cpu().double() - expected).norm() / expected.norm()).item()
 
 
 def overrides(s):

@@ -1,15 +1,13 @@
 """Checkpoints and what a run survives: kills, damage, changes, full disks, signals, dead ranks and NaN.
 
-Behind the marker `faults`: kills at random, and at every moment of a checkpoint's writing.
+Behind the marker `faults`: kills at random.
 """
 
-import errno
 import io
 import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
@@ -128,9 +126,7 @@ def at_step(number, act):
     before(train_gpt, "train_step", lambda m, o, loader, step, *_: act() if step == number else None)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The file
-
+# ---- The file
 
 def test_the_safetensors_package_reads_what_a_run_and_its_bfloat16_have_in_their_files(whole, tmp_path):
     import safetensors
@@ -162,21 +158,6 @@ def test_a_bit_or_a_byte_that_is_wrong_anywhere_is_found(tmp_path):
             read_safetensors(path)
     path.write_bytes(good)
     assert read_safetensors(path)[0]["x"].equal(torch.ones(2, 3))
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (Bomb.place,)
-
-
-@pytest.mark.parametrize("save", [torch.save, partial(pickle.dump, protocol=0), pickle.dump])
-def test_nothing_in_a_file_is_executed(tmp_path, save):
-    Bomb.place, path = str(tmp_path / "exploded"), tmp_path / "step_000001.safetensors"
-    with open(path, "wb") as file:
-        save(Bomb(), file)
-    with pytest.raises(UserError):
-        read_safetensors(path)
-    assert not Path(Bomb.place).exists()
 
 
 def killed_at(n, rank):
@@ -232,9 +213,7 @@ def test_a_kill_at_any_moment_of_writing_leaves_the_newest_checkpoints_whole(sav
     assert process.exitcode == 0 and n > 20 and steps == ["2", "3"]
 
 
-# ---------------------------------------------------------------------------------------------------
-# To go on
-
+# ---- To go on
 
 @pytest.mark.parametrize("ranks, step, how", [(1, 4, "auto"), (2, 4, "path"), (1, 6, "auto")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(s, whole, ranks, step, how):
@@ -261,9 +240,7 @@ def test_a_run_goes_on_at_another_world_size_up_to_rounding(s, whole, first, the
         torch.testing.assert_close(ours[name], x, atol=1e-3 * x.abs().max().item(), rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------
-# What it goes on from, and what not
-
+# ---- What it goes on from, and what not
 
 def choose(s, resume="auto", source=None, world_size=1):
     """The log's lines on the checkpoint that RESUME means; the last says which. Raises UserError."""
@@ -362,9 +339,7 @@ def test_auto_passes_over_the_checkpoints_of_other_races(s, whole):
     assert choose(s)[-1] == goes_on(newest) and "step_000009" in choose(replace(s, seed=1))[-1]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Full disks, signals, dead ranks, NaN
-
+# ---- Full disks, signals, dead ranks, NaN
 
 def quota(rank):
     """The kernel lets no file grow beyond a limit in steps 3 and 4."""
@@ -373,26 +348,13 @@ def quota(rank):
     at_step(5, lambda: limit((resource.RLIM_INFINITY, resource.RLIM_INFINITY)))
 
 
-def full_disk(rank):
-    """No room where the data of steps 3 and 4 are flushed."""
-    real = os.fsync
-
-    def fsync(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    at_step(3, lambda: setattr(os, "fsync", fsync))
-    at_step(5, lambda: setattr(os, "fsync", real))
-
-
-@pytest.mark.parametrize("fault, said", [(quota, "Errno 27"), (full_disk, "Errno 28")])
-def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(s, whole, fault, said):
+def test_a_full_disk_costs_no_checkpoint_and_does_not_stop_the_run(s, whole):
     """Nor does a log that cannot grow."""
-    shown = ran(s, fault)
-    failed = re.findall(r"step_00000(\d).safetensors could not be written: \[(Errno \d+)\]", shown)
-    assert failed == [("3", said), ("4", said)]
+    shown = ran(s, quota)
+    assert re.findall(r"step_00000(\d).safetensors could not be written: \[Errno 27", shown) == ["3", "4"]
     assert names(s.log_dir) == ["step_000006", "step_000005"] and content(s.log_dir) == content(whole())
     assert not list(Path(s.log_dir).glob("*/unfinished"))
-    assert ("a line of the log could not be written" in shown) == (fault is quota)
+    assert "a line of the log could not be written" in shown
 
 
 def signalled(number, on_rank, rank):
@@ -434,20 +396,24 @@ def test_a_rank_that_dies_ends_the_other(s):
     assert names(s.log_dir) == ["step_000002", "step_000001"]
 
 
-def spoiled(on_rank, rank):
-    """NaN in a gradient of step 3."""
+def spoiled(what, rank):
+    """NaN in the loss or a gradient of step 3 on rank 1."""
 
     def spoil(model, optimizers, loader, step, *_):
-        if step == 3:
-            model.mlp_bank.register_hook(lambda grad: grad * float("nan"))
+        if step == 3 and what == "the loss":
+            plain = train_gpt.softcapped_loss
+            model.kernels = train_gpt.Kernels(head_loss=lambda *case: plain(*case) * torch.nan)
+        elif step == 3:
+            model.mlp_bank.register_hook(lambda grad: grad * torch.nan)
 
-    if rank == on_rank:
+    if rank == 1:
         before(train_gpt, "train_step", spoil)
 
 
-def test_nan_on_one_rank_stops_all_is_named_once_and_spoils_no_checkpoint(s):
-    said = ran(s, partial(spoiled, 1), ranks=2, code=1)
-    expected = "step 3: expected finite numbers, found others in the gradient of mlp_bank; lower "
+@pytest.mark.parametrize("what", ["the loss", "the gradient of mlp_bank"])
+def test_nan_on_one_rank_stops_all_is_named_once_and_spoils_no_checkpoint(s, what):
+    said = ran(s, partial(spoiled, what), ranks=2, code=1)
+    expected = f"step 3: expected finite numbers, found others in {what}"
     assert said.count(expected) == 1 and "Traceback" not in said
     assert f"\nended by UserError: {expected}" in last_lines(s.log_dir)
     assert names(s.log_dir) == ["step_000002", "step_000001"]
@@ -511,9 +477,7 @@ def test_torchrun_restarts_a_run_after_a_kill_and_where_torchrun_is_killed_its_r
     assert ended_as(whole(2), s.log_dir)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The long ones: python -m pytest -m faults
-
+# ---- The long ones: python -m pytest -m faults
 
 @pytest.mark.faults
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -533,22 +497,3 @@ def test_a_run_that_is_killed_at_random_ends_as_if_it_had_not_been(s, whole, ran
             shutil.rmtree(s.log_dir)
     ran(s, ranks=ranks)
     assert ended_as(whole(ranks), s.log_dir)
-
-
-@pytest.mark.faults
-def test_a_run_that_is_killed_at_any_moment_of_two_checkpoints_ends_as_if_it_had_not_been(s, whole):
-    moments = 0
-    while True:
-        shutil.rmtree(s.log_dir, ignore_errors=True)
-        up_to(2, whole(), s.log_dir)
-        run = Run(replace(s, resume="auto", num_iterations=6), partial(killed_at, moments + 1))
-        [code] = run.wait()
-        assert code == -signal.SIGKILL, run.text()
-        assert read_safetensors(checkpoints(s.log_dir)[0])[1]["step"] in "234"
-        moments += 1
-        if names(s.log_dir)[0] == "step_000004":
-            break
-        ran(replace(s, resume="auto"))
-        expected = {key: loss for key, loss in losses(whole()).items() if key > (2, "train")}
-        assert losses(s.log_dir) == expected and content(s.log_dir) == content(whole())
-    assert moments > 40

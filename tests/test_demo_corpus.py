@@ -1,12 +1,12 @@
 """data/demo_corpus.py: what the demo's corpus holds, and how it is written."""
 
+import re
 import subprocess
 import sys
 import sysconfig
 
-import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, read_shard
 
 sys.path.insert(0, str(ROOT / "data"))
 import demo_corpus  # noqa: E402
@@ -14,28 +14,9 @@ import demo_corpus  # noqa: E402
 SHARDS = ["stdlib_train_000001.bin", "stdlib_val_000000.bin"]
 
 
-def documents(path):
-    """The documents of a shard, as bytes without BOS."""
-    tokens = np.fromfile(path, "<u2", offset=1024)
-    starts = np.flatnonzero(tokens == 256)
-    assert starts[0] == 0
-    return [part[1:].astype(np.uint8).tobytes() for part in np.split(tokens, starts[1:])]
-
-
 def build(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["demo_corpus.py", str(folder)])
     return demo_corpus.main()
-
-
-def used_share(lengths, microbatch_tokens):
-    """Share of the tokens that the loader uses: it drops the rest of a document that ends a microbatch."""
-    used = seen = filled = 0
-    for length in lengths:
-        taken = min(length, microbatch_tokens + 1 - filled)
-        used, seen, filled = used + taken, seen + length, filled + taken
-        if filled == microbatch_tokens + 1:
-            filled = 0
-    return used / seen
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +50,14 @@ def test_parts_end_at_the_first_line_end_after_the_size_and_together_are_the_tex
     assert demo_corpus.cut_at_line_ends(b"ab\n", 2) == [b"ab\n"]
 
 
-def test_the_corpus_is_the_standard_library_and_training_uses_nine_tenths_of_it(built):
+def test_the_corpus_is_the_standard_library_and_training_uses_nine_tenths_of_it(built, run_main):
     assert sorted(path.name for path in built.iterdir()) == SHARDS
-    training, held_out = (documents(built / name) for name in SHARDS)
+    documents = [document for name in SHARDS for document in read_shard(built / name)]
     modules = demo_corpus.standard_library(demo_corpus.Path(sysconfig.get_paths()["stdlib"]))
-    assert sum(map(len, training)) + sum(map(len, held_out)) == sum(map(len, modules))
-    assert sum(map(len, held_out)) + len(held_out) >= 49_153
-    for microbatch_tokens in (640, 1280):
-        assert used_share([1 + len(text) for text in training], microbatch_tokens) >= 0.9
+    assert sum(map(len, documents)) == sum(map(len, modules))
+    files = dict(TRAIN_FILES=built / SHARDS[0], VAL_FILES=built / SHARDS[1])
+    code, shown, said = run_main("--dry-run", PRESET="demo", DEVICE="cpu", **files)
+    assert (code, said) == (0, "") and float(re.search(r"uses [\d,]+ \((.+)%\)", shown)[1]) > 90
 
 
 def test_two_builds_write_the_same_bytes_and_files_that_are_there_stay(library, tmp_path, monkeypatch):
@@ -92,9 +73,9 @@ def test_two_builds_write_the_same_bytes_and_files_that_are_there_stay(library, 
 
 def test_every_16th_module_is_held_out_and_cut_in_the_same_way(library, tmp_path, monkeypatch):
     assert build(tmp_path / "out", monkeypatch) == 0
-    training, held_out = (documents(tmp_path / "out" / name) for name in SHARDS)
-    assert {text[:5] for text in held_out} == {b"# 00\n", b"# 16\n", b"# 32\n"}
-    assert len({text[:5] for text in training}) == 37
+    training, held_out = (read_shard(tmp_path / "out" / name) for name in SHARDS)
+    assert {bytes(text[:5].tolist()) for text in held_out} == {b"# 00\n", b"# 16\n", b"# 32\n"}
+    assert len({bytes(text[:5].tolist()) for text in training}) == 37
     assert {len(text) for text in training + held_out if len(text) >= 640} == {640}
 
 

@@ -14,7 +14,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
-from conftest import CPU, environment
+from conftest import CPU, environment, normal, relative
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,14 +49,6 @@ def interpreter(monkeypatch):
     for name in ("cast_fp8_kernel", "softcap_grad_kernel"):
         monkeypatch.setattr(train_gpt, name, RoundedByTorch(getattr(train_gpt, name)))
     monkeypatch.setitem(vars(train_gpt.XXT_kernel), "do_bench", lambda call, quantiles: [1.0] * 3)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(found, exact):
-    return ((found.cpu().double() - exact).norm() / exact.norm()).item()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Muon, DistAdam and the steps around them, on one rank and on several, against plain float64 versions."""
 
-import json
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -9,15 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, ROOT, SMALL, before, fresh_model, random_documents, server, write_shard
+from conftest import CPU, ROOT, SMALL, before, fresh_model, normal, random_documents, server, write_shard
 
 import train_gpt
 
 SCHEDULE = [(1.0, 0.85), (0.7, 0.88), (0.4, 0.91), (0.1, 0.95)]  # (lr_scale, momentum) of the steps
 
-# ---------------------------------------------------------------------------------------------------
-# The plain versions: one process, whole tensors, float64
-
+# ---- The plain versions: one process, whole tensors, float64
 
 def plain_orthogonal(x):
     """One matrix through five Newton-Schulz steps."""
@@ -62,13 +59,7 @@ class PlainAdam:
         return self.param, self.mean, self.square
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checks that one rank or several make together
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
+# ---- Checks that one rank or several make together
 
 def from_all_ranks(x, world_size):
     """What each rank holds: x, any object."""
@@ -76,47 +67,6 @@ def from_all_ranks(x, world_size):
     if world_size > 1:
         dist.all_gather_object(found, x)
     return found
-
-
-def step_like_one_plain_process(make, plain, shapes, rank, world_size):
-    """Other gradients on each rank: the parameters follow their sum, bit for bit the same on every rank."""
-    params = {name: torch.nn.Parameter(normal(*shape)) for name, shape in shapes.items()}
-    lr_mults = {name: 0.5 + 2 * i for i, name in enumerate(shapes)}
-    references = {name: plain(p, 0.05 * lr_mults[name]) for name, p in params.items()}
-    optimizer = make({name: (p, lr_mults[name]) for name, p in params.items()})
-    for step, (lr_scale, momentum) in enumerate(SCHEDULE):
-        expected = {}
-        for i, (name, p) in enumerate(params.items()):
-            grads = [normal(*p.shape, seed=100 * step + 10 * i + r) + r / 4 for r in range(world_size)]
-            p.grad = grads[rank].clone()
-            expected[name] = references[name].step(sum(grads).double(), lr_scale, momentum)
-        optimizer.reduce_scatter()
-        assert all(p.grad is None for p in params.values()), "the gradients are used up"
-        optimizer.step(lr_scale, momentum, step + 1)
-        optimizer.all_gather()
-        for sp in optimizer.sharded_params:
-            whole, *states = expected[sp.name]
-            torch.testing.assert_close(sp.param.detach().double(), whole, rtol=0, atol=2e-5)
-            for x, state in zip(sp.state.values(), states, strict=True):
-                torch.testing.assert_close(x.double(), state.chunk(world_size)[rank], rtol=1e-5, atol=1e-5)
-            bits = from_all_ranks(sp.param.detach().numpy().tobytes(), world_size)
-            assert len(set(bits)) == 1, f"ranks differ in {sp.name}"
-
-
-def muon_steps_like_one_plain_process(rank, world_size, folder):
-    def make(params):
-        return train_gpt.Muon(params, rank, world_size, 0.05, torch.float32)
-
-    shapes = dict(tall=(16, 6, 4), wide=(8, 3, 8), square=(8, 4, 4))
-    step_like_one_plain_process(make, PlainMuon, shapes, rank, world_size)
-
-
-def adam_steps_like_one_plain_process(rank, world_size, folder):
-    """Such an eps shows where it joins, and that gradients are summed, not averaged."""
-    def make(params):
-        return train_gpt.DistAdam(params, rank, world_size, 0.05, (0.8, 0.95), 0.05)
-
-    step_like_one_plain_process(make, PlainAdam, dict(a=(8, 3), b=(16, 5), c=(24, 2)), rank, world_size)
 
 
 def start(folder, s, rank=0, world_size=1):
@@ -167,27 +117,6 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
     assert len(called) == 3 * (2 * 7 + 1) and all(order == orders[0] for order in orders), orders
 
 
-def a_nan_on_one_rank_ends_all_with_step_and_name(rank, world_size, folder):
-    def head_loss(*case):
-        return train_gpt.softcapped_loss(*case) * (torch.nan if rank == 1 else 1)
-
-    def spoil(grad):
-        spoiled = grad.clone()
-        spoiled[0].view(-1)[3] = torch.inf
-        return spoiled if rank == 1 else grad
-
-    s = settings(val_loss_every=0, log_dir=str(folder / f"logs_{world_size}"))
-    for name, kernels in (("the gradient of gate_bank", train_gpt.Kernels()),
-                          ("the loss", train_gpt.Kernels(head_loss=head_loss))):
-        model, optimizers, loader = start(folder, s, rank, world_size)
-        model.kernels = kernels
-        if name != "the loss":
-            model.gate_bank.register_hook(spoil)
-        with pytest.raises(train_gpt.UserError, match=f"^step 5: .* found others in {name}[,;]"):
-            log, clock = train_gpt.Log(s, rank), train_gpt.Clock(CPU)
-            train_gpt.train(model, optimizers, loader, None, s, log, clock, {}, first_step=4)
-
-
 def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folder):
     from test_kernels import OnCPU, plain_varlen
 
@@ -201,25 +130,17 @@ def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folde
     assert kernels.XXT is train_gpt.XXT and kernels.attention is train_gpt.flash_attention, lines
 
 
-LOCAL_CHECKS = [muon_steps_like_one_plain_process, adam_steps_like_one_plain_process]
-CHECKS = [*LOCAL_CHECKS, train_steps_are_those_of_one_rank, a_nan_on_one_rank_ends_all_with_step_and_name,
-          a_kernel_that_disagrees_on_one_rank_is_taken_by_none]
-
-
-def make_checks(rank, world_size, folder):
-    """A rank's process: makes every check and leaves what was wrong in the folder."""
+def make_check(check, rank, world_size, folder, store, wrong):
+    """A rank's process: makes a check and writes what was wrong to a file."""
     torch.set_num_threads(1)
-    store, patience = dist.FileStore(str(folder / f"store_{world_size}"), world_size), timedelta(seconds=60)
+    store, patience = dist.FileStore(str(store), world_size), timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-    found = {}
-    for check in CHECKS:
-        try:
-            found[check.__name__] = check(rank, world_size, folder)
-        except Exception:
-            found[check.__name__] = f"rank {rank}: {traceback.format_exc()}"
-        (folder / f"{rank}_of_{world_size}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    try:
+        check(rank, world_size, folder)
+        dist.barrier()
+    except BaseException:
+        wrong.write_text(traceback.format_exc())
+        raise
 
 
 @pytest.fixture(scope="module")
@@ -230,45 +151,58 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def worlds(folder):
-    """worlds(n): what n ranks found, a dictionary a rank from check to what was wrong; started once each."""
-    made = {}
-
-    def found(world_size):
-        if world_size not in made:
-            ranks = [server.Process(target=make_checks, args=(rank, world_size, folder), daemon=True)
-                     for rank in range(world_size)]
-            with pytest.MonkeyPatch.context() as patch:  # a path on which the server finds conftest.py
-                patch.setenv("PYTHONPATH", str(ROOT / "tests"))
-                for process in ranks:
-                    process.start()
-            for process in ranks:
-                process.join(120)
-                process.kill()
-            left = folder.glob(f"*_of_{world_size}.json")
-            made[world_size] = [json.loads(path.read_text()) for path in left]
-            assert len(made[world_size]) == world_size
-        return made[world_size]
-
-    return found
-
-
-@pytest.mark.parametrize("check", LOCAL_CHECKS, ids=lambda check: check.__name__)
-def test_one_rank(check):
-    check(0, 1, None)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_several_ranks(worlds, world_size, check):
-    for found in worlds(world_size):
-        assert found[check.__name__] is None, found[check.__name__]
+@pytest.mark.parametrize("check", [train_steps_are_those_of_one_rank,
+                                   a_kernel_that_disagrees_on_one_rank_is_taken_by_none])
+def test_several_ranks(folder, tmp_path, monkeypatch, world_size, check):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # a path on which the server finds conftest.py
+    wrong, ranks = [tmp_path / f"rank_{rank}" for rank in range(world_size)], []
+    for rank, path in enumerate(wrong):
+        arguments = (check, rank, world_size, folder, tmp_path / "store", path)
+        ranks.append(server.Process(target=make_check, args=arguments, daemon=True))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        process.join()
+    told = [path.read_text() for path in wrong if path.exists()]
+    assert [process.exitcode for process in ranks] == [0] * world_size, "\n".join(told)
 
 
-# ---------------------------------------------------------------------------------------------------
-# One rank
+# ---- One rank
+
+def muon(params):
+    return train_gpt.Muon(params, 0, 1, 0.05, torch.float32)
+
+
+def adam(params):
+    """Such an eps shows where it joins."""
+    return train_gpt.DistAdam(params, 0, 1, 0.05, (0.8, 0.95), 0.05)
+
+
+@pytest.mark.parametrize("make, plain, shapes", [
+    (muon, PlainMuon, dict(tall=(16, 6, 4), wide=(8, 3, 8), square=(8, 4, 4))),
+    (adam, PlainAdam, dict(a=(8, 3), b=(16, 5), c=(24, 2))),
+])
+def test_steps_of_an_optimizer_are_those_of_the_plain_one(make, plain, shapes):
+    params = {name: torch.nn.Parameter(normal(*shape)) for name, shape in shapes.items()}
+    lr_mults = {name: 0.5 + 2 * i for i, name in enumerate(shapes)}
+    references = {name: plain(p, 0.05 * lr_mults[name]) for name, p in params.items()}
+    optimizer = make({name: (p, lr_mults[name]) for name, p in params.items()})
+    for step, (lr_scale, momentum) in enumerate(SCHEDULE):
+        expected = {}
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = normal(*p.shape, seed=100 * step + i)
+            expected[name] = references[name].step(p.grad.double(), lr_scale, momentum)
+        optimizer.reduce_scatter()
+        assert all(p.grad is None for p in params.values()), "the gradients are used up"
+        optimizer.step(lr_scale, momentum, step + 1)
+        optimizer.all_gather()
+        for sp in optimizer.sharded_params:
+            found = [sp.param.detach(), *sp.state.values()]
+            for x, state in zip(found, expected[sp.name], strict=True):
+                torch.testing.assert_close(x.double(), state, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -346,22 +280,3 @@ def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(f
     status = train_gpt.train_step(model, [Recorder()], loader, 7, 0.5, 0.9, (12, 4))
     assert calls == ["reduce_scatter", (0.5, 0.9, 7), "all_gather"]
     assert status() == [pytest.approx(sum(losses).item() / 512, rel=1e-5), 0]
-
-
-def test_warm_up_visits_every_window_and_puts_everything_back_bit_for_bit(folder, monkeypatch):
-    model, optimizers, loader = start(folder, settings())
-    held = [x for o in optimizers for sp in o.sharded_params for x in (sp.param, *sp.state.values())]
-    train_gpt.train_step(model, optimizers, loader, 1, 1.0, 0.9, (12, 4))  # so that a mere reset would show
-    saved, moved, windows = [x.detach().clone() for x in held], [], set()
-
-    def watch(*arguments):
-        moved.append(sum(not torch.equal(x, y) for x, y in zip(held, saved)))
-        windows.add(arguments[-1])
-
-    monkeypatch.setattr(train_gpt, "train_step", train_gpt.train_step)  # put back at the end
-    before(train_gpt, "train_step", watch)
-    assert train_gpt.warm_up(model, optimizers, loader, None, settings(warmup_steps=1)) == 3
-    assert moved == [0, len(held), len(held)] and windows == {(12, 4), (28, 12), (44, 20)}
-    assert all(torch.equal(x, y) for x, y in zip(held, saved))
-    assert all(p.grad is None for p in model.parameters())
-    assert train_gpt.warm_up(model, optimizers, loader, None, settings(warmup_steps=0)) == 0 == len(moved) - 3

@@ -22,7 +22,8 @@ if value["width"] == "0":
     print("WIDTH: expected at least 1, found 0.", file=sys.stderr)
     sys.exit(2)
 if "--dry-run" in sys.argv:
-    print("settings:", *(f"  {name}: {x}" for name, x in value.items()), f"batch: {os.environ.get('NPROC', 1)} ranks", sep="\\n")
+    lines = [f"  {name}: {x}" for name, x in value.items()]
+    print("settings:", *lines, f"batch: {os.environ.get('NPROC', 1)} ranks", sep="\\n")
     sys.exit()
 print("step:1/4 train_time:1ms step_avg:1.00ms", flush=True)
 with open(os.environ["CALLS"], "a") as calls:

@@ -21,9 +21,7 @@ def problems(preset="speedrun", **environ):
     return str(error.value).splitlines()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Presets and the environment
-
+# ---- Presets and the environment
 
 def test_the_speedrun_is_the_published_race():
     s = settings()
@@ -95,19 +93,14 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     assert [block.long_window for block in blocks] == [False, True][:words]
 
 
-# ---------------------------------------------------------------------------------------------------
-# Wrong ones
-
+# ---- Wrong ones
 
 @pytest.mark.parametrize("name, value, expected", [
-    ("NUM_ITERATIONS", "many", "a whole number of at least 1"),
     ("NUM_ITERATIONS", "0", "a whole number of at least 1"),
     ("NUM_ITERATIONS", "1.5", "a whole number of at least 1"),
-    ("NUM_ITERATIONS", "", "a whole number of at least 1"),
     ("NUM_ITERATIONS", "3000000000", "a whole number of at least 1"),
     ("SEED", "-1", "a whole number of at least 0"),
     ("MUON_LR", "nan", "a number of at least 0"),
-    ("MUON_LR", "inf", "a number of at least 0"),
     ("MUON_LR", "-0.1", "a number of at least 0"),
     ("TORCH_COMPILE", "maybe", "0 or 1"),
     ("DEVICE", "tpu", "auto, cuda or cpu"),
@@ -117,19 +110,15 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("LAYOUT", "A AM AM X AM AM AM M AM AM AM AM", "words such as A, M, AM and A+M"),
     ("LAYOUT", "A A A A A A A A A A A A", "at least one A and one M"),
     ("VALUE_EMBEDS", "012", "a digit or a dot for each of the 12 words of LAYOUT"),
-    ("VALUE_EMBEDS", "0123456.890x", "a digit or a dot for each of the 12 words of LAYOUT"),
     ("VALUE_EMBEDS", ".......0....", "a dot for the blocks without attention, [7]"),
     ("WINDOW_PATTERN", "LLLLLLLLLLLX", "L or S for each of the 12 words of LAYOUT"),
     ("WINDOW_SCHEDULE", "3,1", "at least 2"),
-    ("WINDOW_SCHEDULE", "3,,4", "at least 2"),
     ("BOS_ID", "50257", "an id below VOCAB_SIZE=50257"),
     ("BATCH_TOKENS", "1000", "share 8 microbatches (equal multiples of 16 of BATCH_TOKENS=1000)"),
     ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS=262144"),
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
-    ("MUON_MOMENTUM_START", "1", "a number below 1"),
     ("MUON_MOMENTUM_END", "1", "a number below 1"),
-    ("ADAM_BETA1", "1", "a number below 1"),
     ("ADAM_BETA2", "1", "a number below 1"),
     ("NPROC", "3", "share 8 microbatches"),
     ("NPROC", "256", "a padded vocabulary of 50304 ids equally, found 256."),
@@ -150,11 +139,8 @@ def test_what_stands_in_for_a_wrong_value_contradicts_nothing(environ, name):
 
 @pytest.mark.parametrize("name, meant", [
     ("NUM_ITERATION", "NUM_ITERATIONS"),
-    ("NUMITERATIONS", "NUM_ITERATIONS"),
     ("num_iterations", "NUM_ITERATIONS"),
-    ("VAL_LOSS_EVRY", "VAL_LOSS_EVERY"),
     ("TRAGET_LOSS", "TARGET_LOSS"),
-    ("seed", "SEED"),
     ("PRESETS", "PRESET"),
 ])
 def test_a_name_that_is_nearly_a_settings_is_refused(name, meant):
@@ -187,9 +173,7 @@ def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monke
     assert (code, shown, said.count("\n")) == (2, "", 1) and said.startswith(expected)
 
 
-# ---------------------------------------------------------------------------------------------------
-# --help and --dry-run
-
+# ---- --help and --dry-run
 
 def test_help_shows_every_setting_with_default_and_meaning_and_the_demos():
     done = launch("--help")

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, read_shard
 
 sys.path.insert(0, str(ROOT / "data"))
 import shards  # noqa: E402
@@ -37,12 +38,6 @@ def arguments(*given, out, **options):
     return [*map(str, given), *flags]
 
 
-def run(*given, env=None, **options):
-    """Run the script in a process of its own."""
-    command = [sys.executable, str(SCRIPT), *arguments(*given, **options)]
-    return subprocess.run(command, env=environment(**env or {}), capture_output=True, text=True, timeout=60)
-
-
 def made(*given, **options):
     """Run the script in this process."""
     assert tokenize_text.main(arguments(*given, **options)) == 0
@@ -61,18 +56,9 @@ def refused(capsys):
     return call
 
 
-def documents_in(path, bos=256):
-    """The documents of a shard, without BOS."""
-    header, tokens = np.fromfile(path, "<i4", count=256), np.fromfile(path, "<u2", offset=1024)
-    assert header.tolist() == [20240520, 1, len(tokens)] + 253 * [0]
-    starts = np.flatnonzero(tokens == bos)
-    assert starts[0] == 0
-    return [part[1:] for part in np.split(tokens, starts[1:])]
-
-
 def texts_in(folder, split):
     paths = sorted(folder.glob(f"text_{split}_*.bin"))
-    return [d.astype(np.uint8).tobytes().decode() for path in paths for d in documents_in(path)]
+    return [d.astype(np.uint8).tobytes().decode() for path in paths for d in read_shard(path)]
 
 
 def files_in(folder):
@@ -84,9 +70,7 @@ def write_jsonl(path, texts):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------
-# What comes out
-
+# ---- What comes out
 
 def test_all_kinds_of_files_come_back_in_path_order(tmp_path):
     import pyarrow as pa
@@ -124,7 +108,7 @@ def test_a_shard_ends_before_the_document_that_would_make_it_too_long(tmp_path):
     lengths = [1, 9, 5, 4, 1, 3, 25, 4, 4]  # and BOS; the first document is for validation
     text, out = write_jsonl(tmp_path / "a.jsonl", ["x" * length for length in lengths]), tmp_path / "out"
     made(text, out=out, shard_tokens=10)
-    found = [[len(d) for d in documents_in(path)] for path in sorted(out.glob("*_train_*.bin"))]
+    found = [[len(d) for d in read_shard(path)] for path in sorted(out.glob("*_train_*.bin"))]
     assert found == [[9], [5], [4, 1], [3], [25], [4, 4]]
 
 
@@ -132,11 +116,12 @@ def test_gpt2_tokens_are_tiktokens_and_what_looks_special_is_text(tmp_path):
     pytest.importorskip("tiktoken")
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPT2)
     write_jsonl(tmp_path / "a.jsonl", ["the then  the", "<|endoftext|>", "é the"] * 2)
-    done = run(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto", workers=2, val_every=4,
-               env=dict(PYTHONPATH=tmp_path))
+    options = arguments(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto", workers=2, val_every=4)
+    done = subprocess.run([sys.executable, SCRIPT, *options], env=environment(PYTHONPATH=tmp_path),
+                          capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.startswith("tokenizer: gpt2 (") and " VOCAB_SIZE=50257 BOS_ID=50256 " in done.stdout
-    training = documents_in(tmp_path / "out" / "text_train_000001.bin", 50256)
+    training = read_shard(tmp_path / "out" / "text_train_000001.bin", 50256)
     assert [document.tolist() for document in training[:3]] == [
         [*b"<|endoftext|>"], [*"é".encode(), 258], [257, 258, ord("n"), ord(" "), 258]]
 
@@ -168,9 +153,7 @@ def test_the_training_script_accepts_the_command_at_the_end(tmp_path, run_main, 
     assert (code, said) == (0, "")
 
 
-# ----------------------------------------------------------------------------------------------------
-# What goes wrong
-
+# ---- What goes wrong
 
 def test_an_address_on_the_hub_is_expanded_and_kept_as_an_address(monkeypatch):
     import fsspec
@@ -225,14 +208,8 @@ def test_wrong_arguments_end_with_code_2(tmp_path, capsys, wrong):
 
 
 def test_a_text_on_which_tiktoken_gives_up_is_one_sentence(monkeypatch):
-    class PanicException(BaseException):
-        pass
-
-    class Encoding:
-        def encode_ordinary(self, text):
-            raise PanicException("StackOverflow")
-
-    monkeypatch.setattr(tokenize_text, "gpt2_encoding", Encoding)
+    panic = type("PanicException", (BaseException,), {})
+    monkeypatch.setattr(tokenize_text, "gpt2_encoding", Mock(side_effect=panic))
     with pytest.raises(shards.DataError, match="^The document that begins with ' a': tiktoken"):
         tokenize_text.encode_document("gpt2", " a")
 
@@ -341,10 +318,3 @@ def test_a_killed_worker_is_one_sentence():
     with pytest.raises(shards.DataError, match="^A worker: expected its result, found that it was killed"):
         for _ in encoded:
             pass
-
-
-def test_the_benchmark_runs():
-    script = ROOT / "tests" / "bench" / "bench_tokenize.py"
-    tiny = ["--megabytes", "0.1", "--workers", "1", "--repeats", "1"]
-    shown = subprocess.check_output([sys.executable, str(script), *tiny], env=environment(), text=True)
-    assert shown.startswith("bytes, 1 workers: ")
