@@ -202,6 +202,8 @@ def test_flash_attention_gets_the_window_and_the_documents_of_the_plain_one(monk
 @pytest.fixture
 def choose(small, monkeypatch):
     """choose(s, **changes): what a fake H100 takes, and the three lines, once functions are replaced."""
+    if DEVICE == "cuda":
+        pytest.skip("there is a real GPU: tests/gpu/test_gpu.py")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
     real_varlen = varlen.varlen_attn
