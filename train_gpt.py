@@ -686,8 +686,8 @@ class Float8HeadLoss(torch.autograd.Function):
                                                *logits.shape, EXP, RATE, **TILE)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
-        w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
-        return x_grad, w_grad, None
+        w_grad = torch._scaled_mm(x8_t, grads_t.mT, x_scale, grad_scale, out_dtype=torch.float32)
+        return x_grad, w_grad.T, None  # record 30 found this order of the product the faster one
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
