@@ -455,22 +455,23 @@ def init_weights(model: GPT, seed: int) -> None:
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-def XXT(X: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols); base: (n, rows, rows)."""
-    return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
+def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0, out: Tensor | None = None) -> Tensor:
+    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices, in `out` if given. X: (n, rows, cols)."""
+    return (torch.bmm(X, X.mT, out=out) if base is None else
+            torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha, out=out))
 
 def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
     """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
-    Five steps of the quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon) take
-    the singular values to about 1 +- 0.3; zero stays zero. A and A @ A are symmetric (@byronxu99, PR 109)."""
+    Five steps of Muon's quintic (kellerjordan.github.io/posts/muon) bring singular values to 1 +- 0.3."""
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    A = B = spare = None  # memory that is used again: a seventh less time on a CPU
     for _ in range(5):
-        A = XXT(X)
-        B = XXT(A, base=A, alpha=c, beta=b)
-        X = torch.baddbmm(X, B, X, beta=a)
+        A = XXT(X, out=A)
+        B = XXT(A, base=A, alpha=c, beta=b, out=B)
+        X, spare = torch.baddbmm(X, B, X, beta=a, out=spare), X
     return X.mT if tall else X
 
 @dataclass
@@ -507,16 +508,16 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, step: int) -> list[Tensor]:
-        """Phase 2, and phase 3 started. step counts from 1. Returns the largest |entry| of each slice."""
-        largest = []
+        """Phase 2, and phase 3 started. step counts from 1. Returns whether each gradient is not finite."""
+        flags = []
         for sp in self.sharded_params:
             self.wait(sp)
-            largest.append(torch.linalg.vector_norm(sp.grad_slice, torch.inf))
+            flags.append(~sp.grad_slice.sum().isfinite())  # on a CPU, 20 times as fast as a maximum
             self.update(sp, self.lr * sp.lr_mult * lr_scale, momentum, step)
             sp.grad_slice = None
             if self.world_size > 1:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)
-        return largest
+        return flags
 
     def all_gather(self) -> None:
         """The end of phase 3: the parameters may be read."""
@@ -538,7 +539,7 @@ class Muon(ShardedOptimizer):
 
     def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
         buffer = sp.state["momentum_buffer"].lerp_(sp.grad_slice, 1 - momentum)
-        direction = newton_schulz(sp.grad_slice.lerp(buffer, momentum), self.dtype, self.XXT)
+        direction = newton_schulz(sp.grad_slice.lerp_(buffer, momentum), self.dtype, self.XXT)
         rows, cols = direction.shape[-2:]
         sp.p_slice.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
 
@@ -686,8 +687,8 @@ class Float8HeadLoss(torch.autograd.Function):
                                                *logits.shape, EXP, RATE, **TILE)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
-        w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
-        return x_grad, w_grad, None
+        w_grad = torch._scaled_mm(x8_t, grads_t.mT, x_scale, grad_scale, out_dtype=torch.float32)
+        return x_grad, w_grad.T, None  # record 30 found this order of the product the faster one
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
@@ -721,11 +722,11 @@ def XXT_kernel(x, base, out, rows, cols, alpha, beta, ADD: tl.constexpr, BLOCK: 
         if i > j:
             tl.store(out + row_j[:, None] * rows + row_i[None, :], tl.trans(result), mask=tl.trans(inside))
 
-def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0, out: Tensor | None = None):
     """What XXT gives, by half of the tiles and their mirror images (@byronxu99, PR 109)."""
     X = X.contiguous()
     count, rows, cols = X.shape
-    out = X.new_empty(count, rows, rows)
+    out = X.new_empty(count, rows, rows) if out is None else out
     XXT_kernel[lambda tile: (triton.cdiv(rows, tile["BLOCK"]), triton.cdiv(rows, tile["BLOCK"]), count)](
         X, out if base is None else base, out, rows, cols, alpha, beta, ADD=base is not None)
     return out
@@ -1260,9 +1261,8 @@ def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale:
         loss_sum += loss.detach()
     for optimizer in optimizers:
         optimizer.reduce_scatter()
-    largest = [x for optimizer in optimizers for x in optimizer.step(lr_scale, momentum, step)]
-    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop() > 0),
-                          *(~x.isfinite() for x in largest)])
+    flags = [flag for optimizer in optimizers for flag in optimizer.step(lr_scale, momentum, step)]
+    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop() > 0), *flags])
     if dist.is_initialized():
         dist.all_reduce(status)
     for optimizer in optimizers:

@@ -138,8 +138,10 @@ def test_newton_schulz_is_five_steps_of_the_quintic_on_the_singular_values_of_ea
     values = torch.logspace(-2, 0.5, min(rows, cols), dtype=torch.float64)
     u, v = (torch.linalg.qr(normal(n, len(values), seed=n).double()).Q for n in (rows, cols))
     matrix = (u * values) @ v.T
-    stack = torch.stack((matrix, torch.zeros_like(matrix), -1000 * matrix))  # each on its own
-    found = train_gpt.newton_schulz(stack.float().to(DEVICE), torch.float32, XXT).cpu()
+    stack = torch.stack((matrix, torch.zeros_like(matrix), -1000 * matrix)).float()  # each on its own
+    given = stack.to(DEVICE, copy=True)
+    found = train_gpt.newton_schulz(given, torch.float32, XXT).cpu()
+    assert torch.equal(given.cpu(), stack), "its memory is not used"
     values = values / values.norm()
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
@@ -194,6 +196,8 @@ def test_flash_attention_gets_the_window_and_the_documents_of_the_plain_one(monk
 @pytest.fixture
 def choose(small, monkeypatch):
     """choose(s, **changes): what a fake H100 takes, and the three lines, once functions are replaced."""
+    if DEVICE == "cuda":
+        pytest.skip("there is a real GPU: tests/gpu/test_gpu.py")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
     real_varlen = varlen.varlen_attn

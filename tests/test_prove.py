@@ -1,16 +1,85 @@
-"""The program for GPUs, in its small form on a CPU."""
+"""The programs for GPUs: prove.py in its small form on a CPU, and the counts of roofline.py."""
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, environment
+import torch
+from conftest import ROOT, environment, fresh_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt
+
+sys.path += [str(ROOT / "records"), str(ROOT / "tests/gpu")]
+
+import report  # noqa: E402
+import roofline  # noqa: E402
 
 
 @pytest.mark.slow
-def test_the_program_for_gpus_runs_small_on_a_cpu(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/gpu/prove.py"), "--small", "--out", str(tmp_path)]
+def test_prove_runs_small_on_a_cpu_and_leaves_tables_and_logs_fit_for_records(tmp_path):
+    command = [sys.executable, ROOT / "tests/gpu/prove.py", "--small", "--out", tmp_path]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("target_reached:") == 2 and done.stdout.endswith("\npassed\n")
-    assert len(list(tmp_path.glob("*/*/log.txt"))) == 2
+    groups = [group for kind in ("shapes", "text") for group in report.load([tmp_path / kind], strict=True)]
+    assert [x.label for x in groups] == ["fast", "plain-XXT-head-attention", "fp8-head-0", "fp8-head-1"]
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert summary.endswith("\npassed\n\n")
+    tables = roofline.read_tables(summary)
+    header, *phases, total = tables["ms of a step by long attention window, shapes/fast"]
+    assert header == ["phase", "48", "112", "176"]
+    found = [[float(ms) for ms in row[1:]] for row in phases]
+    assert len(found) == 10 and min(map(min, found)) > 0
+    assert [sum(ms) for ms in zip(*found)] == pytest.approx([float(ms) for ms in total[1:]], abs=0.01)
+    *_, total, logged, _ = tables["ms of a step, mean of the windows"]
+    assert float(total[1]) == pytest.approx(float(logged[1]), rel=0.5), "the phases fill a step"
+    assert len(tables["Losses on the demo's text, nats a byte"]) == 3
+
+
+def counted(function):
+    """TFLOP of the products in a call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 1e12
+
+
+def test_the_roofline_counts_the_products_of_blocks_head_and_optimizer_as_pytorch_does(small):
+    s = replace(small, batch_tokens=512, microbatches=1)
+    parts = roofline.step_parts(s, 1, document=40)
+    found = {(part.phase, part.name): part.tflop for part in parts}
+    model = fresh_model(s)
+    model.kernels = train_gpt.Kernels(attn_args=lambda *_: None, attention=lambda q, k, v, *_: v)
+    tokens, starts = torch.zeros(512, dtype=torch.int32), torch.tensor([0, 512], dtype=torch.int32)
+    x = []
+    assert counted(lambda: x.append(model.hidden(tokens, starts, 512, (8, 4)))) == pytest.approx(
+        found["blocks, forward", "products"])
+    assert counted(lambda: x[0].sum().backward()) == pytest.approx(found["blocks, backward", "products"])
+    head = x[0].detach().requires_grad_(), model.lm_head, tokens.long()
+    loss = []
+    assert counted(lambda: loss.append(train_gpt.softcapped_loss(*head))) == pytest.approx(
+        found["head, forward", "logits"])
+    assert counted(lambda: loss[0].backward()) == pytest.approx(found["head, backward", "products"])
+    for name in ("attn_bank", "mlp_bank"):
+        bank = getattr(model, name).detach()
+        whole = roofline.newton_schulz_tflop(*bank.shape, symmetric=False)
+        assert counted(lambda: train_gpt.newton_schulz(bank, torch.float32)) == pytest.approx(whole)
+        assert found["Muon", name] == roofline.newton_schulz_tflop(*bank.shape) < whole
+
+
+@pytest.mark.parametrize("window, document", [(1, 1), (3, 10), (10, 10), (50, 10)])
+def test_the_roofline_counts_the_keys_that_the_mask_shows(window, document):
+    starts = torch.tensor([0], dtype=torch.int32)
+    mask = train_gpt.banded_mask(starts, document, window, document, torch.float32)
+    seen = (mask.flatten(0, 2)[:document] == 0).sum().item()
+    assert roofline.visible_keys(window, document) == pytest.approx(seen / document)
+
+
+def test_the_roofline_shows_measured_phases_beside_the_estimate(tmp_path, capsys):
+    summary = tmp_path / "summary.md"
+    summary.write_text("# 1 x GPU\n\n## ms of a step, mean of the windows\n\n| phase | fast | plain |\n"
+                       "| --- | --- | --- |\n| blocks, forward | 21.5 | 30.0 |\n| batch | 0.25 | 1.0 |\n")
+    assert roofline.main(["--measured", str(summary), "--bf16", "700"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("estimate, not measured: 8 ranks, 393,216 tokens a step; bf16 700,")
+    assert " | 21.5 |\n" in shown and "| batch | - | 0.25 |\n" in shown and " | - |\n" in shown
