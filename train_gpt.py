@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 try:
@@ -110,6 +111,11 @@ class Settings:
     mlp_dim: int = 3072  # [channels] of an MLP's hidden layer
     attn_scale: float = 0.12  # factor of q.k before the softmax
     gate_channels: int = 12  # [channels] of a block's input that gate its attention heads; 0: no gate
+    ngram_rows: int = 0  # [rows] of a table for hashes of the last tokens, added to the embedding; 0: none
+    ngram_dim: int = 64  # [channels] of such a row
+    ngram_max: int = 2  # [tokens] that a hash takes in: there is one of 2, of 3, ... of NGRAM_MAX tokens
+    key_offset: bool = False  # [0 or 1] long windows: what does not rotate in a key is of the token before
+    equal_qk_start: bool = False  # [0 or 1] queries and keys start equal in the channels that do not rotate
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
@@ -140,15 +146,25 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=108, target_loss=1.50, val_loss_every=10, val_tokens=49_152, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=200, batch_tokens=5120, vocab_size=257, vocab_multiple=8, bos_id=256,
-        model_dim=128, num_heads=2, mlp_dim=256, window_block=16,
-        muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
-        adam_lr=0.016, embed_lr_mult=15.0, scalar_lr_mult=2.0,
+        num_iterations=56, target_loss=1.50, val_loss_every=14, val_tokens=49_152, val_slice_tokens=8192,
+        warmup_steps=3, sample_tokens=200, batch_tokens=1280, microbatches=2,
+        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
+        window_schedule="11,11,20", window_block=16,
+        ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
+        muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
+        adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
+    ),
+    # The speedrun with what has won in the demo, at the size that later records gave it; never run on a GPU
+    "frontier": dict(
+        num_iterations=2420, batch_tokens=262_144, adam_beta1=0.7,  # record 39
+        ngram_rows=251_520, ngram_dim=768,  # record 62
+        key_offset=True,  # record 49
+        equal_qk_start=True,  # no published record
     ),
 }
 POSITIVE = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
-            "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim"}
+            "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim",
+            "ngram_dim"}
 PARSERS = {int: (int, "a whole number of at least {}"), float: (float, "a number of at least {}"),
            bool: ({"0": False, "1": True}.__getitem__, "0 or 1"), str: (str, "text")}
 
@@ -197,7 +213,9 @@ def find_contradictions(s: Settings) -> list[str]:
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
-        ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        *((name, getattr(s, name) <= s.model_dim, f"at most MODEL_DIM={s.model_dim}")
+          for name in ("gate_channels", "ngram_dim") if name != "ngram_dim" or s.ngram_rows),
+        ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
         *((name, getattr(s, name) < 1, "a number below 1")
           for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
     ]
@@ -254,6 +272,8 @@ def choose_preset(environ) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
+HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of the newest token of an n-gram, the one before it, ...
+
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without a gain."""
     return F.rms_norm(x, (x.size(-1),))
@@ -271,6 +291,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs across K's halves."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Keys (T, H, K) whose channels that do not rotate are those of the token before: a query can find what
+    followed its own token earlier in the text, in one layer (record 49 of modded-nanogpt)."""
+    rotating, standing = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # of both halves of K, (T, H, 2, K // 4)
+    return torch.stack((rotating, torch.cat((standing[:1], standing[:-1]))), dim=-2).flatten(-3)
 
 # Attention in plain PyTorch: the sequence is cut into N bands as long as the window, W tokens. A query then
 # finds every key that it may see in its own band and the one before: scores take T x 2W, not T x T.
@@ -341,6 +367,7 @@ class GPT(nn.Module):
             self.register_parameter(name, values)
 
         parameter("embed", s.padded_vocab, dim, dtype=s.torch_dtype)
+        parameter("ngrams", s.ngram_rows, s.ngram_dim, dtype=s.torch_dtype)
         parameter("value_embeds", num_tables * s.padded_vocab, dim, dtype=s.torch_dtype)  # tables end to end
         parameter("attn_bank", 4 * self.num_attn, dim, dim)  # q, k, v and output projection of each attention
         parameter("gate_bank", self.num_attn, s.num_heads, s.gate_channels)
@@ -367,7 +394,7 @@ class GPT(nn.Module):
         attn_args = {window: self.kernels.attn_args(cu_seqlens, num_tokens, window, max_seqlen, s.torch_dtype)
                      for window in dict.fromkeys(windows)}
         cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
-        x = x0 = norm(F.embedding(inputs, self.embed))
+        x = x0 = norm(self.look_up_embed(inputs))
         value_embeds = self.look_up_value_embeds(inputs)
         attentions, mlps = self.split_banks()
         scalars = self.scalars.flatten().unbind()
@@ -384,7 +411,8 @@ class GPT(nn.Module):
                 x_in = norm(x)
                 for part in stage.split("+"):
                     if part == "A":
-                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args, cos, sin)
+                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args, cos, sin,
+                                               offset=s.key_offset and block.long_window)
                     else:
                         c_fc, c_proj = next(mlps)  # both (D, hidden) (@byronxu99, PR 109)
                         x = x + F.linear(ReluSquared.apply(x_in @ c_fc), c_proj)
@@ -393,7 +421,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def attention(self, x: Tensor, w_qkv: Tensor, w_o: Tensor, gate: Tensor | None, sa_lambdas,
-                  ve: Tensor | None, attn_args, cos: Tensor, sin: Tensor) -> Tensor:
+                  ve: Tensor | None, attn_args, cos: Tensor, sin: Tensor, offset: bool) -> Tensor:
         """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
         qkv = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1)
@@ -402,10 +430,27 @@ class GPT(nn.Module):
         v = sa_lambdas[0] * v
         if ve is not None:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
             v = v + sa_lambdas[1] * ve.view_as(v)
+        if offset:
+            k = offset_keys(k)
         y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
         if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
             y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
         return F.linear(y.flatten(1), w_o)
+
+    def look_up_embed(self, inputs: Tensor) -> Tensor:
+        """The embedding, (T, D), and in its first channels the sum of the rows for the last 2, 3, ... tokens.
+        (Bigrams: record 62 of modded-nanogpt, which adds them before every block. Longer n-grams stand for
+        the words that bytes are not. Their hashes share one table, and documents' borders are ignored.)"""
+        x = F.embedding(inputs, self.embed)
+        if self.ngrams is None:
+            return x
+        ids, hashes = inputs.long(), []
+        total = HASH_FACTORS[0] * ids
+        for back in range(1, self.settings.ngram_max):
+            total = total ^ HASH_FACTORS[back] * F.pad(ids[:-back], (back, 0))
+            hashes.append(total % self.num_rows["ngrams"])
+        rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
+        return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
 
     def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Each table's rows for the inputs, (T, D) each, in one look-up."""
@@ -435,11 +480,14 @@ def init_weights(model: GPT, seed: int) -> None:
             values.normal_(generator=generator)
         elif name == "attn_bank":  # q, k, v of every attention; the output projections start at zero
             values.unflatten(0, (-1, 4))[:, :3].uniform_(-bound, bound, generator=generator)
+            if model.settings.equal_qk_start:  # a query finds its own token before anything is learned
+                w = values.unflatten(0, (-1, 4)).unflatten(2, (model.settings.num_heads, 2, 2, -1))
+                w[:, 1, :, :, 1] = w[:, 0, :, :, 1]
         elif name == "mlp_bank":  # up; down starts at zero
             values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
         elif name == "scalars":  # skip weight, lambdas of x and x0, lambdas of v and its embedding
             values[:] = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5])
-        elif name not in ("gate_bank", "lm_head"):
+        elif name not in ("gate_bank", "lm_head", "ngrams"):
             raise KeyError(f"init_weights has no initial values for parameter {name}")
         p.zero_()[:len(values)] = values.to(p)
 
@@ -543,29 +591,21 @@ class Muon(ShardedOptimizer):
         rows, cols = direction.shape[-2:]
         sp.p_slice.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
 
-def adam_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float,
-                eps: float, step_size: Tensor) -> None:
-    """Adam (Kingma and Ba, 2015) in place. All is computed in float32, and rounded once when it is stored."""
-    grad = grad.float()
-    mean = beta1 * exp_avg.float() + (1 - beta1) * grad
-    square = beta2 * exp_avg_sq.float() + (1 - beta2) * grad * grad
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    p.copy_(p.float() - step_size * mean / (square.sqrt() + eps))
-
 class DistAdam(ShardedOptimizer):
-    """Adam; state has the parameter's dtype. eps joins the root of the uncorrected second moment."""
+    """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
+    stored. State has the parameter's dtype. eps joins the root of the uncorrected second moment."""
     state_names = ("exp_avg", "exp_avg_sq")
 
-    def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float, compiled=False):
+    def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float):
         super().__init__(params, rank, world_size, lr)
         self.betas, self.eps = betas, eps
-        self.adam_update = torch.compile(adam_update, dynamic=False) if compiled else adam_update
 
     def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
         beta1, beta2 = self.betas
-        step_size = torch.tensor(lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))  # a float would recompile
-        self.adam_update(sp.p_slice, sp.grad_slice, *sp.state.values(), beta1, beta2, self.eps, step_size)
+        eps = self.eps / (1 - beta2**step) ** 0.5  # the kernel adds it to the root of the corrected moment
+        steps_done = torch.full((), step - 1.0, device=sp.p_slice.device)
+        adam([sp.p_slice], [sp.grad_slice], *([x] for x in sp.state.values()), [], [steps_done], fused=True,
+             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
 
 def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list[ShardedOptimizer]:
     """Both optimizers, from the table of who trains what and at which multiple of its learning rate."""
@@ -574,6 +614,7 @@ def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list
         gate_bank=("muon", 1.0),
         mlp_bank=("muon", 1.0),
         embed=("adam", s.embed_lr_mult),
+        ngrams=("adam", s.embed_lr_mult),
         value_embeds=("adam", s.embed_lr_mult),
         lm_head=("adam", s.head_lr_mult),
         scalars=("adam", s.scalar_lr_mult),
@@ -583,7 +624,7 @@ def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list
         group, lr_mult = table[name]  # a KeyError: a new parameter needs a row above
         groups[group][name] = (p, lr_mult)
     return [Muon(groups["muon"], rank, world_size, s.muon_lr, s.torch_dtype, model.kernels.XXT),
-            DistAdam(groups["adam"], rank, world_size, s.adam_lr, betas, s.adam_eps, s.torch_compile)]
+            DistAdam(groups["adam"], rank, world_size, s.adam_lr, betas, s.adam_eps)]
 
 # ----------------------------------------------------------------------------------------------------------
 # Fast kernels for GPUs: each does what its plain version does, and is taken only if it agrees with it
@@ -1471,10 +1512,12 @@ def generate(model: GPT, windows: tuple[int, int], ids: list[int], length: int, 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
-    demo = "\n    ".join(f"{name} = {value!r}" for name, value in PRESETS["demo"].items())
+    presets = []
+    for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
+        presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.strip().split("\n")[0],
-        epilog=f"{inspect.getsource(Settings)}\nPRESET is speedrun or demo. In the demo:\n    {demo}")
+        epilog="\n".join([inspect.getsource(Settings), *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     args = parser.parse_args(argv)
     try:

@@ -42,12 +42,15 @@ def plain_heads(q, k, v, starts, window, scale):
     return torch.stack(rows)
 
 
-def plain_attention(x, wq, wk, wv, wo, gate, sigma, ve, starts, window, s):
-    """gate: (H, channels) or None; ve: (T, D) or None."""
+def plain_attention(x, wq, wk, wv, wo, gate, sigma, ve, starts, window, s, offset):
+    """gate: (H, channels) or None; ve: (T, D) or None; offset: whether keys look one token back."""
     size, heads = s.model_dim // s.num_heads, []
     for h in range(s.num_heads):
         own = slice(h * size, (h + 1) * size)
         q, k = (turned(rms((x @ w.T)[:, own])) for w in (wq, wk))
+        if offset:  # pairs are a half apart, and the first half of them turns
+            standing = torch.arange(size) % (size // 2) >= size // 4
+            k = torch.stack([torch.where(standing, k[max(t - 1, 0)], k[t]) for t in range(len(k))])
         v = sigma[0] * (x @ wv.T)[:, own]
         if ve is not None:
             v = v + sigma[1] * ve[:, own]
@@ -58,12 +61,26 @@ def plain_attention(x, wq, wk, wv, wo, gate, sigma, ve, starts, window, s):
     return torch.cat(heads, dim=1) @ wo.T
 
 
+def plain_ngrams(table, ids, t, s):
+    """What the hashes of 2, 3, ... tokens that end at t add to the embedding, (D,)."""
+    total = torch.zeros(s.model_dim, dtype=torch.float64)
+    for n in range(2, s.ngram_max + 1):
+        row = 0
+        for back, factor in zip(range(n), (36313, 27191, 51787, 70937, 91493)):
+            row ^= factor * (ids[t - back] if t >= back else 0)
+        total[:s.ngram_dim] += table[row % s.ngram_rows]
+    return total
+
+
 def plain_loss(p, inputs, targets, starts, windows, s):
     """Summed loss of the model, from float64 parameters that have GPT's names and shapes."""
     words = s.layout.split()
     attn, mlp = iter(p["attn_bank"].split(4)), iter(p["mlp_bank"].split(2))
     gates = iter(p["gate_bank"]) if "gate_bank" in p else None
-    x = x0 = rms(p["embed"][inputs])
+    x = p["embed"][inputs]
+    if s.ngram_rows:
+        x = torch.stack([x[t] + plain_ngrams(p["ngrams"], inputs.tolist(), t, s) for t in range(len(x))])
+    x = x0 = rms(x)
     pushed = []
     for i, word in enumerate(words):
         skip, lambda_x, lambda_x0, *sigma = p["scalars"][i]
@@ -78,7 +95,8 @@ def plain_loss(p, inputs, targets, starts, windows, s):
             if letter == "A":
                 gate = next(gates) if gates else None
                 window = windows["LS".index(s.window_pattern[i])]
-                x = x + plain_attention(x_in, *next(attn), gate, sigma, ve, starts, window, s)
+                offset = s.key_offset and s.window_pattern[i] == "L"
+                x = x + plain_attention(x_in, *next(attn), gate, sigma, ve, starts, window, s, offset)
             elif letter == "M":
                 up, down = next(mlp)
                 x = x + (x_in @ up).clamp(min=0) ** 2 @ down.T
@@ -120,6 +138,7 @@ LAYOUTS = [  # windows, settings
     ((1000, 1), {}),  # longer than the sequence, and the shortest
     (WINDOWS, dict(value_embeds="20.1..0.1..2", window_pattern="SSLLSSSSSLLS")),
     (WINDOWS, dict(num_heads=1, gate_channels=32)),
+    (WINDOWS, dict(ngram_rows=40, ngram_dim=20, ngram_max=4, key_offset=True)),
     # of five blocks the one in the middle has no skip; a block of each kind, and letters that share an input
     (WINDOWS, dict(layout="A M AA A+M MA+AM", value_embeds="1.00.", window_pattern="LSSLS")),
     (WINDOWS, dict(layout="A+A+M A+M", value_embeds="..", window_pattern="LS", gate_channels=0)),
@@ -276,6 +295,14 @@ def test_initial_weights(small, model_dim, dtype):
         assert not zero.any()
     # skip weight 1, lambdas (1, 0), lambdas of the value and its embedding (0.5, 0.5)
     assert model.scalars.tolist() == [[1.0, 1.0, 0.0, 0.5, 0.5]] * 12
+
+
+def test_queries_and_keys_can_start_equal_in_the_channels_that_do_not_rotate(small):
+    s = replace(small, equal_qk_start=True)
+    size = s.model_dim // s.num_heads
+    standing = torch.arange(s.model_dim) % (size // 2) >= size // 4
+    for wq, wk, *_ in fresh_model(s).attn_bank.detach().split(4):
+        assert torch.equal((wq == wk).all(dim=1), standing)
 
 
 def test_a_parameter_without_initial_weights_is_an_error(small):

@@ -206,13 +206,11 @@ def test_steps_of_an_optimizer_are_those_of_the_plain_one(make, plain, shapes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
-def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(compiled):
+def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64():
     p = torch.nn.Parameter(normal(64, 8).bfloat16())
-    adam = train_gpt.DistAdam({"p": (p, 10.0)}, 0, 1, 0.01, (0.8, 0.95), 1e-10, compiled)
+    adam = train_gpt.DistAdam({"p": (p, 10.0)}, 0, 1, 0.01, (0.8, 0.95), 1e-10)
     (sp,), far = adam.sharded_params, PlainAdam(p, 0.1, eps=1e-10)
-    stats = torch._dynamo.utils.counters["stats"]
-    held, unequal, graphs = [p.data, *sp.state.values()], 0, stats["unique_graphs"]
+    held, unequal = [p.data, *sp.state.values()], 0
     for i in range(1000):
         grad = (0.01 * normal(64, 8, seed=i) + (0.004 if i < 500 else -0.002)).bfloat16()
         near = PlainAdam(p, 0.1, eps=1e-10)  # this one goes on from bfloat16
@@ -226,10 +224,10 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
     assert unequal < 1e-3 * 3 * 1000 * p.numel(), "float32 and float64 round alike, save for near ties"
     for x, y in zip(held[1:], right[1:]):  # the parameter keeps what it lost by rounding
         assert (x.double() - y).norm() < 0.01 * y.norm()
-    assert stats["unique_graphs"] - graphs == compiled, "compiled once"
 
 
-@pytest.mark.parametrize("changes", [{}, dict(value_embeds="." * 12, gate_channels=0)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(value_embeds="." * 12, gate_channels=0), dict(ngram_rows=40, ngram_dim=8)])
 def test_every_parameter_has_exactly_one_optimizer(small, changes):
     s = replace(small, **changes)
     model = fresh_model(s)

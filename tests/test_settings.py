@@ -64,7 +64,7 @@ SAMPLES = dict(  # values that fit the speedrun, where an arbitrary one would co
     device="cpu", dtype="float32", resume="auto", nproc="4", val_tokens="524288", val_slice_tokens="1048576",
     batch_tokens="1280", microbatches="4", layout="M " * 11 + "A", value_embeds="." * 12, bos_id="5",
     window_pattern="L" * 12, window_schedule="2,5", model_dim="96", num_heads="3", gate_channels="0",
-    vocab_size="50304",
+    vocab_size="50304", ngram_max="3", key_offset="1", equal_qk_start="1",
 )
 
 
@@ -75,7 +75,7 @@ def test_every_setting_is_read_from_the_environment(name):
     text = SAMPLES.get(name, {int: "7", float: "0.5", bool: "0", str: "x"}[kind])
     together = dict(VALUE_EMBEDS="." * 12) if name == "layout" else {}
     s, changed, _ = read_settings({"PRESET": "speedrun", name.upper(): text} | together)
-    value = False if kind is bool else kind(text)
+    value = text == "1" if kind is bool else kind(text)
     assert value != getattr(Settings(), name), "it must differ from the default"
     assert s == replace(settings(**together), **{name: value}) and name in changed
 
@@ -104,7 +104,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("MUON_LR", "-0.1", "a number of at least 0"),
     ("TORCH_COMPILE", "maybe", "0 or 1"),
     ("DEVICE", "tpu", "auto, cuda or cpu"),
-    ("PRESET", "fast", "one of speedrun, demo"),
+    ("PRESET", "fast", "one of speedrun, demo, frontier"),
     # what does not fit another setting
     ("LAYOUT", "A AM A+ AM AM AM AM M AM AM AM AM", "words such as A, M, AM and A+M"),
     ("LAYOUT", "A AM AM X AM AM AM M AM AM AM AM", "words such as A, M, AM and A+M"),
@@ -118,6 +118,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS=262144"),
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
+    ("NGRAM_MAX", "6", "2 to 5"),
     ("MUON_MOMENTUM_END", "1", "a number below 1"),
     ("ADAM_BETA2", "1", "a number below 1"),
     ("NPROC", "3", "share 8 microbatches"),
@@ -165,7 +166,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
 
 @pytest.mark.parametrize("changes, expected", [
     (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each of 1 processes, found 0 GPUs;"),
-    (dict(WORLD_SIZE="3", RANK="0"), "NPROC: expected ranks that share 8 microbatches"),
+    (dict(WORLD_SIZE="3", RANK="0"), "NPROC: expected ranks that share 3 microbatches"),
 ])
 def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -177,11 +178,11 @@ def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monke
 
 def test_help_shows_every_setting_with_default_and_meaning_and_the_demos():
     done = launch("--help")
-    assert done.returncode == 0 and "PRESET is speedrun or demo" in done.stdout
+    assert done.returncode == 0 and "PRESET=frontier changes:" in done.stdout
     for f in fields(Settings):
         (default,) = re.findall(rf"^ +{f.name}: {f.type.__name__} = (.+?)  # \S.+$", done.stdout, re.M)
         assert eval(default) == f.default, f.name
-    for name, value in train_gpt.PRESETS["demo"].items():
+    for name, value in [*train_gpt.PRESETS["demo"].items(), *train_gpt.PRESETS["frontier"].items()]:
         assert f"\n    {name} = {value!r}\n" in done.stdout + "\n"
 
 
