@@ -91,7 +91,7 @@ class Settings:
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
-    sample_tokens: int = 0  # [tokens] of text that a model of bytes writes at the end of its run
+    sample_tokens: int = 0  # [tokens] that a model of bytes adds to as many unseen ones at the end of its run
     # a training step's batch
     batch_tokens: int = 393_216  # [tokens] of a step, over all ranks
     microbatches: int = 8  # packed sequences of a step, over all ranks; more need less GPU memory
@@ -146,7 +146,7 @@ PRESETS = {
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=56, target_loss=1.50, val_loss_every=14, val_tokens=49_152, val_slice_tokens=8192,
+        num_iterations=44, target_loss=1.50, val_loss_every=11, val_tokens=49_152, val_slice_tokens=8192,
         warmup_steps=3, sample_tokens=200, batch_tokens=1280, microbatches=2,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
         window_schedule="11,11,20", window_block=16,
@@ -1483,8 +1483,10 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
         code = train(model, optimizers, loader, val_tokens, s, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
-            text = generate(model, attention_windows(s.num_iterations, s), [*b"def "], s.sample_tokens)
-            log.write("what the model writes after 'def ':", bytes(text).decode(errors="replace"))
+            seen = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
+            text = generate(model, attention_windows(s.num_iterations, s), seen, s.sample_tokens)
+            before, after = (bytes(x).decode(errors="replace") for x in (seen, text[len(seen):]))
+            log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
         if s.torch_compile:
             late = graphs["unique_graphs"] - compiled
             log.write(f"{'WARNING, on the clock: ' * (late > 0)}compiled since the warm-up: {late} graphs")

@@ -42,7 +42,7 @@ KINDS = (".txt", ".jsonl", ".parquet")
 BOS = {"bytes": BYTES_BOS, "gpt2": 50_256}  # also the highest id
 TASK_DOCUMENTS = 16  # sent to a worker at a time
 # What the presets of train_gpt.py use: training tokens, validation tokens, validation tokens in one slice.
-PRESETS = {"demo": (108 * 8 * 641, 49_152, 8192), "speedrun": (1705 * 8 * 49_153, 10_485_760, 262_144)}
+PRESETS = {"demo": (44 * 2 * 641, 49_152, 8192), "speedrun": (1705 * 8 * 49_153, 10_485_760, 262_144)}
 LEAST_USED = 641  # tokens that a microbatch of either preset uses of a longer document
 
 
