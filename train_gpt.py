@@ -274,23 +274,36 @@ def choose_preset(environ) -> tuple[str, str]:
 
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of the newest token of an n-gram, the one before it, ...
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without a gain."""
-    return F.rms_norm(x, (x.size(-1),))
+class Norm(torch.autograd.Function):
+    """RMS norm over the last axis, without a gain. Keeps its result, as the next product does, and not x."""
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        scale = (x.float().square().mean(-1, keepdim=True) + 2**-23).rsqrt()
+        y = (x * scale).type_as(x)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        radial = (grad.float() * y).mean(-1, keepdim=True)
+        return (torch.addcmul(grad.float(), radial, y.float(), value=-1) * scale).type_as(y)
+
+norm = Norm.apply
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, (T, 1, K // 2) float32 each.
+    """cos and sin of every position's angles, (T, 1, K) float32 each; sin is negative in the second half.
     Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
     token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
     n = head_dim // 4
     frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    return angles.cos().repeat(1, 1, 2), torch.cat((angles, -angles), dim=-1).sin()
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs across K's halves."""
     a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).type_as(x)
 
 def offset_keys(k: Tensor) -> Tensor:
     """Keys (T, H, K) whose channels that do not rotate are those of the token before: a query can find what
@@ -316,18 +329,27 @@ def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: in
     mask = torch.zeros(visible.shape, dtype=dtype, device=cu_seqlens.device)
     return mask.masked_fill_(~visible, -torch.inf).unsqueeze(1)
 
+class WithPreviousBand(torch.autograd.Function):
+    """(T, H, K) -> (N, 2W, H, K), a view: each band behind the one before it. What is before the first band
+    and after the last token is zero, and the mask hides it."""
+    @staticmethod
+    def forward(ctx, x: Tensor, num_bands: int, band: int) -> Tensor:
+        ctx.band, ctx.num_tokens = band, len(x)
+        padded = F.pad(x, (0, 0, 0, 0, band, num_bands * band - len(x)))
+        return padded.unfold(0, 2 * band, band).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        total = grad[:, ctx.band:].clone()
+        total[:-1] += grad[1:, :ctx.band]
+        return total.flatten(0, 1)[:ctx.num_tokens], None, None
+
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + mask) v of a packed sequence. q, k, v and the result: (T, H, K)."""
     num_tokens, num_bands, band = len(q), mask.size(0), mask.size(2)
-
-    def split(x: Tensor) -> Tensor:  # (T, H, K) -> (N, W, H, K)
-        return F.pad(x, (0, 0, 0, 0, 0, num_bands * band - num_tokens)).unflatten(0, (num_bands, band))
-
-    def with_previous(x: Tensor) -> Tensor:  # -> (N, 2W, H, K); band 0 gets zeros, which the mask hides
-        return torch.cat((F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=1)
-
-    q, k, v = (x.transpose(1, 2) for x in (split(q), with_previous(split(k)), with_previous(split(v))))
-    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    q = F.pad(q, (0, 0, 0, 0, 0, num_bands * band - num_tokens)).unflatten(0, (num_bands, band))
+    k, v = (WithPreviousBand.apply(x, num_bands, band) for x in (k, v))
+    y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale=scale)
     return y.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
 class ReluSquared(torch.autograd.Function):
@@ -340,7 +362,7 @@ class ReluSquared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad * ctx.saved_tensors[0].sqrt()
+        return 2 * grad * ctx.saved_tensors[0].clamp_min(1e-30).sqrt()  # the root of 0 is slow on a CPU
 
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), a float32 scalar.
@@ -397,14 +419,15 @@ class GPT(nn.Module):
         x = x0 = norm(self.look_up_embed(inputs))
         value_embeds = self.look_up_value_embeds(inputs)
         attentions, mlps = self.split_banks()
-        scalars = self.scalars.flatten().unbind()
+        # A copy for each token: the gradient is summed over channels first, where they are read in any case.
+        scalars = self.scalars.view(-1, 1, 1).expand(-1, num_tokens, 1).unbind()
         num_blocks, outputs = len(self.blocks), []
         for i, block in enumerate(self.blocks):
             # skip_weight: U-net skips (@brendanh0gan); lambdas: the embedding again (@KoszarskyB)
             skip_weight, lambda_x, lambda_x0, *sa_lambdas = scalars[5 * i:5 * i + 5]
             if i >= num_blocks - num_blocks // 2:
                 x = x + skip_weight * outputs.pop()
-            x = lambda_x * x + lambda_x0 * x0
+            x = (lambda_x * x + lambda_x0 * x0).type_as(x0)
             ve = None if block.table is None else value_embeds[block.table]
             args = attn_args[windows[0] if block.long_window else windows[1]]
             for stage in block.stages:
@@ -425,16 +448,19 @@ class GPT(nn.Module):
         """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
         qkv = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1)
-        qk, v = qkv.split((2 * s.num_heads, s.num_heads), dim=1)
-        q, k = apply_rotary(norm(qk), cos, sin).chunk(2, dim=1)
-        v = sa_lambdas[0] * v
-        if ve is not None:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
-            v = v + sa_lambdas[1] * ve.view_as(v)
+        q, k, v = qkv.chunk(3, dim=1)
+        q, k = (norm(apply_rotary(x, cos, sin)) for x in (q, k))  # the same as the rotation of the norm
         if offset:
             k = offset_keys(k)
-        y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
+        lambda_v, lambda_ve = (x.unsqueeze(-1) for x in sa_lambdas)
+        factor = 1
         if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
-            y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
+            factor = torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
+        if ve is None:
+            factor = lambda_v * factor  # of y instead of v: the same, and cheaper
+        else:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
+            v = (lambda_v * v + lambda_ve * ve.view_as(v)).type_as(v)
+        y = (self.kernels.attention(q, k, v, attn_args, s.attn_scale) * factor).type_as(x)
         return F.linear(y.flatten(1), w_o)
 
     def look_up_embed(self, inputs: Tensor) -> Tensor:
