@@ -9,7 +9,8 @@ The race: 1705 steps of 393,216 tokens; the mean cross-entropy over the first 10
 validation shard must be at most 3.28 nats. Compilation, warm-up and validation are not timed. It starts from
 record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); who had which idea is said where
 it is used. Without a GPU, PRESET=demo runs the same race in small: the same twelve blocks, 128 wide, on the
-source code of Python's standard library. Measured: the demo only (records/); no GPU has run this version yet.
+source code of Python's standard library, with later ideas that have won there; PRESET=frontier is the race
+with those ideas. Measured: the demo only (records/); no GPU has run this version yet.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
 vocabulary, N bands of W tokens (plain attention). A microbatch is one packed sequence: documents or their

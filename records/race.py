@@ -2,9 +2,9 @@
 race.py: run versions in turn on this machine, A B C A B C ..., and compare each with the first.
 
     python records/race.py A B [C ...] -n 5 --name Gates     # logs in records/DATE_Gates/LABEL/round-01.txt
-    NUM_ITERATIONS=50 TARGET_LOSS=0 python records/race.py "" "SKIP_MLP=0,11" glu:variants/glu.py -n 5
+    TARGET_LOSS=0 python records/race.py "" "KEY_OFFSET=0 NGRAM_ROWS=0" glu:variants/glu.py -n 5
 
-A version is a git revision, the path of a script, or overrides such as "SKIP_MLP=0,11 SKIP_ATTN=" of this
+A version is a git revision, the path of a script, or overrides such as "KEY_OFFSET=0 NGRAM_ROWS=0" of this
 checkout's train_gpt.py; "" or "baseline" is that script as it is. A revision or script may be followed by
 overrides, and LABEL: in front names the version. Settings in the environment hold for all versions, and in
 round r all run with SEED=r. The same command continues a race that was stopped; a larger -n adds rounds.

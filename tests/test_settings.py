@@ -42,6 +42,11 @@ def test_the_demo_has_the_speedruns_network_and_the_ids_of_bytes():
     assert (demo.vocab_size, demo.bos_id, demo.target_loss) == (257, 256, 1.5)
 
 
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_every_preset_has_known_settings_that_fit_each_other(preset):
+    assert settings(preset) == replace(Settings(), **train_gpt.PRESETS[preset])
+
+
 def test_without_preset_it_is_the_demo_unless_gpu_and_shards_are_here_and_a_line_says_why(
     tmp_path, monkeypatch
 ):
