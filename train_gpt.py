@@ -275,36 +275,39 @@ def choose_preset(environ) -> tuple[str, str]:
 
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of the newest token of an n-gram, the one before it, ...
 
-class Norm(torch.autograd.Function):
-    """RMS norm over the last axis, without a gain. Keeps its result, as the next product does, and not x."""
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        scale = (x.float().square().mean(-1, keepdim=True) + 2**-23).rsqrt()
-        y = (x * scale).type_as(x)
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        y, scale = ctx.saved_tensors
-        radial = (grad.float() * y).mean(-1, keepdim=True)
-        return (torch.addcmul(grad.float(), radial, y.float(), value=-1) * scale).type_as(y)
-
-norm = Norm.apply
-
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, (T, 1, K) float32 each; sin is negative in the second half.
+    """cos, twice the same half, and sin of every position's angles, float32 (T, 1, K) and (T, 1, K // 2).
     Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
     token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
     n = head_dim // 4
     frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos().repeat(1, 1, 2), torch.cat((angles, -angles), dim=-1).sin()
+    return angles.cos().repeat(1, 1, 2), angles.sin()
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs across K's halves."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).type_as(x)
+    """Rotary position embedding (Su et al., 2021); x: (T, H, K) in float32, pairs across K's halves."""
+    y = x * cos
+    (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    y_a.addcmul_(b, sin)
+    y_b.addcmul_(a, sin, value=-1)
+    return y
+
+class Norm(torch.autograd.Function):
+    """RMS norm without a gain, of x or of x rotated, in float32. Keeps its result, as what reads it does."""
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        x32 = x.float() if cos is None else apply_rotary(x.float(), cos, sin)
+        scale = (x32.square().mean(-1, keepdim=True) + 2**-23).rsqrt()
+        y = (x32 * scale).type_as(x)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (y, scale, cos, sin), grad = ctx.saved_tensors, grad.float()
+        along = (grad * y).mean(-1, keepdim=True)  # x's length has no effect: take out the part along y
+        x_grad = torch.addcmul(grad, along, y.float(), value=-1).mul_(scale)
+        return (x_grad if cos is None else apply_rotary(x_grad, cos, -sin)).type_as(y), None, None
 
 def offset_keys(k: Tensor) -> Tensor:
     """Keys (T, H, K) whose channels that do not rotate are those of the token before: a query can find what
@@ -312,58 +315,41 @@ def offset_keys(k: Tensor) -> Tensor:
     rotating, standing = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # of both halves of K, (T, H, 2, K // 4)
     return torch.stack((rotating, torch.cat((standing[:1], standing[:-1]))), dim=-2).flatten(-3)
 
-# Attention in plain PyTorch: the sequence is cut into N bands as long as the window, W tokens. A query then
-# finds every key that it may see in its own band and the one before: scores take T x 2W, not T x T.
-
 def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: int, dtype: torch.dtype):
-    """The additive mask of banded_attention, made once for all blocks that share a window.
+    """The additive mask of banded_attention, (N, 1, W, 2W) of 0 and -inf, for all blocks that share a window.
     cu_seqlens: (S,) int32, ascending, padded with num_tokens. Query i may see key j if both are of the same
-    document and 0 <= i - j <= window. Returns (N, 1, W, 2W) of 0 and -inf."""
+    document and 0 <= i - j <= window. Plain attention cuts the sequence into N bands as long as the window,
+    W tokens, so that these keys are in i's own band and the one before: scores take T x 2W, not T x T."""
     band = min(window, num_tokens)
     num_bands = -(-num_tokens // band)
     query = torch.arange(num_bands * band, device=cu_seqlens.device).view(num_bands, band, 1)
-    key = query.view(num_bands, 1, band)
-    key = torch.cat((key - band, key), dim=2)
+    key = query[:, :1] + torch.arange(-band, band, device=cu_seqlens.device)
     # The number of starts at or before a position tells documents apart; it is 0 before the first token.
     query_document, key_document = (torch.searchsorted(cu_seqlens, x.int(), right=True) for x in (query, key))
     visible = (key <= query) & (query - key <= band) & (key_document == query_document)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=cu_seqlens.device)
-    return mask.masked_fill_(~visible, -torch.inf).unsqueeze(1)
-
-class WithPreviousBand(torch.autograd.Function):
-    """(T, H, K) -> (N, 2W, H, K), a view: each band behind the one before it. What is before the first band
-    and after the last token is zero, and the mask hides it."""
-    @staticmethod
-    def forward(ctx, x: Tensor, num_bands: int, band: int) -> Tensor:
-        ctx.band, ctx.num_tokens = band, len(x)
-        padded = F.pad(x, (0, 0, 0, 0, band, num_bands * band - len(x)))
-        return padded.unfold(0, 2 * band, band).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        total = grad[:, ctx.band:].clone()
-        total[:-1] += grad[1:, :ctx.band]
-        return total.flatten(0, 1)[:ctx.num_tokens], None, None
+    return torch.where(visible, 0.0, -torch.inf).to(dtype).unsqueeze(1)
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + mask) v of a packed sequence. q, k, v and the result: (T, H, K)."""
     num_tokens, num_bands, band = len(q), mask.size(0), mask.size(2)
-    q = F.pad(q, (0, 0, 0, 0, 0, num_bands * band - num_tokens)).unflatten(0, (num_bands, band))
-    k, v = (WithPreviousBand.apply(x, num_bands, band) for x in (k, v))
-    y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale=scale)
+    padding = (0, 0, 0, 0, band, num_bands * band - num_tokens)  # the zeros before band 0 are hidden
+    q, k, v = (F.pad(x, padding).unflatten(0, (-1, band)) for x in (q, k, v))
+    k, v = (torch.cat((x[:-1], x[1:]), dim=1) for x in (k, v))  # -> (N, 2W, H, K)
+    y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[1:], k, v)), mask, scale=scale)
     return y.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
 class ReluSquared(torch.autograd.Function):
     """relu(x)^2 (So et al., 2021). Keeps only its result, of which the backward pass takes the root."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = x.relu().square()
+        y = x.relu().square_()
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad * ctx.saved_tensors[0].clamp_min(1e-30).sqrt()  # the root of 0 is slow on a CPU
+        # in place: fresh memory is slow on a CPU, and so is the root of 0
+        return ctx.saved_tensors[0].clamp_min(1e-30).sqrt_().mul_(2).mul_(grad)
 
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), a float32 scalar.
@@ -416,52 +402,49 @@ class GPT(nn.Module):
         s, num_tokens = self.settings, len(inputs)
         attn_args = {window: self.kernels.attn_args(cu_seqlens, num_tokens, window, max_seqlen, s.torch_dtype)
                      for window in dict.fromkeys(windows)}
-        cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
-        x = x0 = norm(self.look_up_embed(inputs))
-        value_embeds = self.look_up_value_embeds(inputs)
+        x = x0 = Norm.apply(self.look_up_embed(inputs))
+        if self.value_embeds is not None:  # the rows of all tables in one look-up
+            first_rows = torch.arange(0, self.num_rows["value_embeds"], s.padded_vocab, device=inputs.device)
+            value_embeds = F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
         attentions, mlps = self.split_banks()
-        # A copy for each token: the gradient is summed over channels first, where they are read in any case.
-        scalars = self.scalars.view(-1, 1, 1).expand(-1, num_tokens, 1).unbind()
+        scalars = self.scalars.flatten().unbind()
         num_blocks, outputs = len(self.blocks), []
         for i, block in enumerate(self.blocks):
             # skip_weight: U-net skips (@brendanh0gan); lambdas: the embedding again (@KoszarskyB)
             skip_weight, lambda_x, lambda_x0, *sa_lambdas = scalars[5 * i:5 * i + 5]
             if i >= num_blocks - num_blocks // 2:
                 x = x + skip_weight * outputs.pop()
-            x = (lambda_x * x + lambda_x0 * x0).type_as(x0)
+            x = lambda_x * x + lambda_x0 * x0
             ve = None if block.table is None else value_embeds[block.table]
             args = attn_args[windows[0] if block.long_window else windows[1]]
             for stage in block.stages:
-                x_in = norm(x)
+                x_in = Norm.apply(x)
                 for part in stage.split("+"):
                     if part == "A":
-                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args, cos, sin,
+                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args,
                                                offset=s.key_offset and block.long_window)
                     else:
                         c_fc, c_proj = next(mlps)  # both (D, hidden) (@byronxu99, PR 109)
                         x = x + F.linear(ReluSquared.apply(x_in @ c_fc), c_proj)
             if i < num_blocks // 2:
                 outputs.append(x)
-        return norm(x)
+        return Norm.apply(x)
 
     def attention(self, x: Tensor, w_qkv: Tensor, w_o: Tensor, gate: Tensor | None, sa_lambdas,
-                  ve: Tensor | None, attn_args, cos: Tensor, sin: Tensor, offset: bool) -> Tensor:
+                  ve: Tensor | None, attn_args, offset: bool) -> Tensor:
         """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
-        qkv = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1)
-        q, k, v = qkv.chunk(3, dim=1)
-        q, k = (norm(apply_rotary(x, cos, sin)) for x in (q, k))  # the same as the rotation of the norm
+        q, k, v = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
+        q, k = (Norm.apply(part, self.cos[:len(x)], self.sin[:len(x)]) for part in (q, k))
         if offset:
             k = offset_keys(k)
-        lambda_v, lambda_ve = (x.unsqueeze(-1) for x in sa_lambdas)
-        factor = 1
-        if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
-            factor = torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
         if ve is None:
-            factor = lambda_v * factor  # of y instead of v: the same, and cheaper
+            w_o = sa_lambdas[0] * w_o  # as if v were multiplied, which has far more elements
         else:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
-            v = (lambda_v * v + lambda_ve * ve.view_as(v)).type_as(v)
-        y = (self.kernels.attention(q, k, v, attn_args, s.attn_scale) * factor).type_as(x)
+            v = sa_lambdas[0] * v + sa_lambdas[1] * ve.view_as(v)
+        y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
+        if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
+            y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
         return F.linear(y.flatten(1), w_o)
 
     def look_up_embed(self, inputs: Tensor) -> Tensor:
@@ -478,14 +461,6 @@ class GPT(nn.Module):
             hashes.append(total % self.num_rows["ngrams"])
         rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
         return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
-
-    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Each table's rows for the inputs, (T, D) each, in one look-up."""
-        if self.value_embeds is None:
-            return ()
-        num_rows, vocab = self.num_rows["value_embeds"], self.settings.padded_vocab
-        first_rows = torch.arange(0, num_rows, vocab, device=inputs.device)
-        return F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
 
     def split_banks(self):
         """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), in the activations' dtype."""

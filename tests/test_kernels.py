@@ -101,7 +101,7 @@ def test_the_float8_head_is_the_formula_on_rounded_factors():
     def rounded(x, scale, dtype):
         return (x.float() / scale).to(dtype).double() * scale
 
-    x, weight = train_gpt.norm(normal(48, 32)).bfloat16(), 0.1 * normal(80, 32, seed=1)
+    x, weight = train_gpt.Norm.apply(normal(48, 32)).bfloat16(), 0.1 * normal(80, 32, seed=1)
     leaves, targets = [t.to(DEVICE).requires_grad_() for t in (x, weight)], torch.arange(48) % 5
     loss = train_gpt.Float8HeadLoss.apply(*leaves, targets.to(DEVICE))
     x_grad, weight_grad = (t.cpu() for t in torch.autograd.grad(loss / 8, leaves))

@@ -190,10 +190,10 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.03)
 
 
-def test_rotation_is_computed_in_float32_whatever_the_dtype():
+def test_norm_and_rotation_are_computed_in_float32_whatever_the_dtype():
     """The only rounding to bfloat16 is that of the result."""
     x = torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
-    narrow, wide = (train_gpt.apply_rotary(y, *train_gpt.rotary_cos_sin(300, 16)) for y in (x, x.float()))
+    narrow, wide = (train_gpt.Norm.apply(y, *train_gpt.rotary_cos_sin(300, 16)) for y in (x, x.float()))
     assert torch.equal(narrow, wide.bfloat16())
 
 
