@@ -151,7 +151,7 @@ PRESETS = {
         warmup_steps=3, sample_tokens=200, batch_tokens=1280, microbatches=2,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
         window_schedule="11,11,20", window_block=16,
-        ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
+        gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
         muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
         adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
