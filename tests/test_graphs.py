@@ -1,0 +1,25 @@
+"""What torch.compile sees of the blocks at the speedrun's sizes, traced without values and without a GPU."""
+
+import sys
+
+import torch
+from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+import graph_bytes  # noqa: E402
+
+
+def test_the_speedruns_blocks_are_one_graph_a_window_and_keep_little_for_the_backward_pass():
+    """Of each block 14 numbers a token and channel: MLP 4 and its square 4; inputs, q, k, v and so on."""
+    s, mode = train_gpt.Settings(), FakeTensorMode(allow_non_fake_inputs=True)
+    windows = sorted({train_gpt.attention_windows(step, s) for step in range(s.num_iterations + 1)})
+    graphs = graph_bytes.trace(train_gpt, mode, [*windows, *windows])
+    torch.compiler.reset()
+    assert len(graphs) == 2 * len(windows) == 6, "a forward and a backward graph for each pair of windows"
+    kept = [graph_bytes.kept_bytes(graph) for graph in graphs[::2]]
+    size = s.batch_tokens // s.microbatches * s.model_dim * len(s.layout.split()) * s.torch_dtype.itemsize
+    print(f"kept: {kept[0] / 1e9:.2f} GB, {kept[0] / size:.1f} numbers for each token, channel and block")
+    assert max(kept) == min(kept) < 14.5 * size
