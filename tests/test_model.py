@@ -199,7 +199,8 @@ def test_norm_and_rotation_are_computed_in_float32_whatever_the_dtype():
 
 def test_the_blocks_compile_in_one_graph_with_the_same_loss_and_gradients(small):
     """fullgraph=True raises at a graph break; aot_eager traces the backward pass too, without a compiler."""
-    s = replace(small, layout="AM A+M AM", value_embeds="0.0", window_pattern="LSS")
+    later = dict(ngram_rows=40, ngram_dim=20, key_offset=True)
+    s = replace(small, layout="AM A+M AM", value_embeds="0.0", window_pattern="LSS", **later)
     model, results = random_model(s), []
     compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend="aot_eager")
     for hidden in (model.hidden, compiled):
