@@ -324,8 +324,8 @@ def draw(groups: list[Group], path: str) -> None:
 def leaderboard() -> dict[Path, str]:
     """README file -> its text with the table that the logs give. Raises ReportError for a wrong record."""
     board, pages = [["date", "what changed", "hardware", *COLUMNS]], {}
-    for record in sorted(RECORDS.glob("????-??-??_*"), reverse=True):
-        page, groups = record / "README.md", load([record])
+    for page in sorted(RECORDS.glob("????-??-??_*/README.md"), reverse=True):  # others are no records yet
+        record, groups = page.parent, load([page.parent])
         rounds = [f"round-{n:02}.txt" for n in range(1, 1 + max(len(group.runs) for group in groups))]
         table = [["version", *COLUMNS, f"against {groups[0].label}"]]
         text = page.read_text(encoding="utf-8")

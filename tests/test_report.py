@@ -179,10 +179,11 @@ def test_wrong_arguments_have_exit_code_2(arguments):
 
 @pytest.fixture
 def records(race, monkeypatch):
-    """A folder of two records: a race, and two runs of one version."""
+    """A folder of two records: a race, and two runs of one version; and a race that is no record yet."""
     race = race.rename(race.with_name("2026-02-03_Two"))
     one = write(race.with_name("2026-01-02_One"), our_log(), our_log(1.5), name="{}.txt")
     (one / "README.md").write_text("# One run\n\nText.\n")
+    write(race.with_name("2026-02-04_Mine"), our_log(), name="{}.txt")
     for folder in (race, race.parent):
         (folder / "README.md").write_text(f"# Wider\n\n{report.BEGIN}\n{report.END}\n\nafter\n")
     monkeypatch.setattr(report, "RECORDS", race.parent)
