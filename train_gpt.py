@@ -92,7 +92,7 @@ class Settings:
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
-    sample_tokens: int = 0  # [tokens] that a model of bytes adds to as many unseen ones at the end of its run
+    sample_tokens: int = 0  # [tokens] that a model of bytes writes after an unseen text when its run ends
     # a training step's batch
     batch_tokens: int = 393_216  # [tokens] of a step, over all ranks
     microbatches: int = 8  # packed sequences of a step, over all ranks; more need less GPU memory
@@ -114,8 +114,8 @@ class Settings:
     gate_channels: int = 12  # [channels] of a block's input that gate its attention heads; 0: no gate
     ngram_rows: int = 0  # [rows] of a table for hashes of the last tokens, added to the embedding; 0: none
     ngram_dim: int = 64  # [channels] of such a row
-    ngram_max: int = 2  # [tokens] that a hash takes in: there is one of 2, of 3, ... of NGRAM_MAX tokens
-    key_offset: bool = False  # [0 or 1] long windows: what does not rotate in a key is of the token before
+    ngram_max: int = 2  # [tokens] of the longest n-gram; there is a hash of the last 2, 3, ... tokens
+    key_offset: bool = False  # [0 or 1] long windows: key channels that do not rotate are of the token before
     equal_qk_start: bool = False  # [0 or 1] queries and keys start equal in the channels that do not rotate
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
@@ -214,8 +214,8 @@ def find_contradictions(s: Settings) -> list[str]:
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
-        *((name, getattr(s, name) <= s.model_dim, f"at most MODEL_DIM={s.model_dim}")
-          for name in ("gate_channels", "ngram_dim") if name != "ngram_dim" or s.ngram_rows),
+        ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
         *((name, getattr(s, name) < 1, "a number below 1")
           for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
@@ -293,7 +293,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 class Norm(torch.autograd.Function):
-    """RMS norm without a gain, of x or of x rotated, in float32. Keeps its result, as what reads it does."""
+    """RMS norm without a gain, of x or of x rotated, in float32. Keeps its result for the backward pass."""
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
         x32 = x.float() if cos is None else apply_rotary(x.float(), cos, sin)
@@ -517,7 +517,7 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    A = B = spare = None  # memory that is used again: a seventh less time on a CPU
+    A = B = spare = None  # their memory is used again, since new memory is slow on a CPU
     for _ in range(5):
         A = XXT(X, out=A)
         B = XXT(A, base=A, alpha=c, beta=b, out=B)
@@ -562,7 +562,7 @@ class ShardedOptimizer:
         flags = []
         for sp in self.sharded_params:
             self.wait(sp)
-            flags.append(~sp.grad_slice.sum().isfinite())  # on a CPU, 20 times as fast as a maximum
+            flags.append(~sp.grad_slice.sum().isfinite())  # a maximum is slower on a CPU
             self.update(sp, self.lr * sp.lr_mult * lr_scale, momentum, step)
             sp.grad_slice = None
             if self.world_size > 1:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, environment, read_shard
 
+import train_gpt
+
 sys.path.insert(0, str(ROOT / "data"))
 import shards  # noqa: E402
 import tokenize_text  # noqa: E402
@@ -318,3 +320,10 @@ def test_a_killed_worker_is_one_sentence():
     with pytest.raises(shards.DataError, match="^A worker: expected its result, found that it was killed"):
         for _ in encoded:
             pass
+
+
+def test_the_presets_sizes_are_those_of_the_script():
+    for name, found in tokenize_text.PRESETS.items():
+        s = train_gpt.Settings(**train_gpt.PRESETS[name])
+        used = s.batch_tokens + s.microbatches  # each microbatch takes one more, its last target
+        assert found == (s.num_iterations * used, s.val_tokens, s.val_slice_tokens)

@@ -30,7 +30,7 @@ RATES = dict(  # option -> (default, meaning); the defaults are assumptions for 
     nvlink=(350.0, "GB/s of a rank in a collective over NVLink; 450 at the peak"))
 
 # What the blocks' pointwise kernels read and write in the forward and in the backward pass, in tensors of
-# T x D (T x hidden for relu squared): counted in graphs that torch.compile made of `hidden` in November 2026.
+# T x D (T x hidden for relu squared): counted for an earlier form of `hidden`, which moved a little more.
 PASSES = dict(rotary_and_norm=(7, 16), gate=(4, 3), relu_squared=(2, 3), residual_and_norm=(10, 11),
               scalar_gradients=(0, 3.3), embedding=(2, 8.6))
 
