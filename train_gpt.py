@@ -276,17 +276,17 @@ def choose_preset(environ) -> tuple[str, str]:
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of the newest token of an n-gram, the one before it, ...
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos, twice the same half, and sin of every position's angles, float32 (T, 1, K) and (T, 1, K // 2).
+    """cos and sin of every position's angles, float32 (T, 1, K // 2) each.
     Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
     token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
     n = head_dim // 4
     frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
     angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos().repeat(1, 1, 2), angles.sin()
+    return angles.cos(), angles.sin()
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021); x: (T, H, K) in float32, pairs across K's halves."""
-    y = x * cos
+    y = (x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)).flatten(-2)
     (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     y_a.addcmul_(b, sin)
     y_b.addcmul_(a, sin, value=-1)
@@ -338,6 +338,21 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[1:], k, v)), mask, scale=scale)
     return y.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
+class GatedQKV(torch.autograd.Function):
+    """x @ w_qkv.T, and the gates' logits, x[:, :C] @ gate.T. In the backward pass the gradient of the C
+    columns is added to that of all of them, instead of in a tensor of its own that is nearly all zeros."""
+    @staticmethod
+    def forward(ctx, x: Tensor, w_qkv: Tensor, gate: Tensor):
+        ctx.save_for_backward(x, w_qkv, gate)
+        return F.linear(x, w_qkv), F.linear(x[:, :gate.size(1)], gate)
+
+    @staticmethod
+    def backward(ctx, qkv_grad: Tensor, gate_grad: Tensor):
+        x, w_qkv, gate = ctx.saved_tensors
+        x_grad = qkv_grad @ w_qkv
+        x_grad[:, :gate.size(1)] += gate_grad @ gate
+        return x_grad, qkv_grad.mT @ x, gate_grad.mT @ x[:, :gate.size(1)]
+
 class ReluSquared(torch.autograd.Function):
     """relu(x)^2 (So et al., 2021). Keeps only its result, of which the backward pass takes the root."""
     @staticmethod
@@ -351,12 +366,14 @@ class ReluSquared(torch.autograd.Function):
         # in place: fresh memory is slow on a CPU, and so is the root of 0
         return ctx.saved_tensors[0].clamp_min(1e-30).sqrt_().mul_(2).mul_(grad)
 
+def softcapped_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """30 * sigmoid(x @ weight.T / 7.5), float32. x: (..., D) in the activations' dtype; weight: (V, D), the
+    float32 master, cast here. The cap is as in Gemma 2 (@KoszarskyB); sigmoid and constants: @YouJiacheng."""
+    return 30 * torch.sigmoid(F.linear(x, weight.type_as(x)).float() / 7.5)
+
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), a float32 scalar.
-    x: (T, D) in the activations' dtype; weight: (V, D), the float32 master, cast here; targets: (T,) int64.
-    Logits are capped as in Gemma 2 (@KoszarskyB); sigmoid and constants: @YouJiacheng."""
-    logits = 30 * torch.sigmoid(F.linear(x, weight.type_as(x)).float() / 7.5)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    """Sum of the cross-entropies over the tokens, a float32 scalar. x: (T, D); targets: (T,) int64."""
+    return F.cross_entropy(softcapped_logits(x, weight), targets, reduction="sum")
 
 class GPT(nn.Module):
     """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
@@ -434,7 +451,8 @@ class GPT(nn.Module):
                   ve: Tensor | None, attn_args, offset: bool) -> Tensor:
         """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
-        q, k, v = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
+        qkv, gate_logits = (F.linear(x, w_qkv), None) if gate is None else GatedQKV.apply(x, w_qkv, gate)
+        q, k, v = qkv.view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
         q, k = (Norm.apply(part, self.cos[:len(x)], self.sin[:len(x)]) for part in (q, k))
         if offset:
             k = offset_keys(k)
@@ -444,7 +462,7 @@ class GPT(nn.Module):
             v = sa_lambdas[0] * v + sa_lambdas[1] * ve.view_as(v)
         y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
         if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
-            y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
+            y = y * torch.sigmoid(gate_logits).unsqueeze(-1)
         return F.linear(y.flatten(1), w_o)
 
     def look_up_embed(self, inputs: Tensor) -> Tensor:
@@ -463,12 +481,12 @@ class GPT(nn.Module):
         return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
 
     def split_banks(self):
-        """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), in the activations' dtype."""
+        """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), each cast to the activations' dtype."""
         dim, dtype = self.settings.model_dim, self.settings.torch_dtype
-        rows, sizes = self.attn_bank.to(dtype).flatten(0, 1), (3 * dim, dim) * self.num_attn
-        attn = rows.split((*sizes, len(rows) - sum(sizes)))
-        gates = repeat(None) if self.gate_bank is None else self.gate_bank.to(dtype).unbind()
-        mlp = self.mlp_bank.to(dtype).unbind()
+        rows, sizes = self.attn_bank.flatten(0, 1), (3 * dim, dim) * self.num_attn
+        attn = [w.to(dtype) for w in rows.split((*sizes, len(rows) - sum(sizes)))]
+        gates = repeat(None) if self.gate_bank is None else [w.to(dtype) for w in self.gate_bank]
+        mlp = [w.to(dtype) for w in self.mlp_bank]
         return zip(attn[:-1:2], attn[1::2], gates), zip(mlp[0::2], mlp[1::2])
 
 @torch.no_grad()
@@ -1229,7 +1247,8 @@ def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float,
             if dist.is_initialized():
                 whole = torch.empty_like(sp.param.data)
                 all_gather_tensor(whole, x, async_op=True).wait()
-            tensors[f"{key}.{sp.name}"] = whole[:model.num_rows[sp.name]].cpu()
+            if log.file is not None:
+                tensors[f"{key}.{sp.name}"] = whole[:model.num_rows[sp.name]].cpu()
     if log.file is None:
         return
     path = log.folder / f"step_{step:06d}.safetensors"
@@ -1507,7 +1526,7 @@ def generate(model: GPT, windows: tuple[int, int], ids: list[int], length: int, 
         inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
         cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
         x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), windows)[-1]  # never the compiled version
-        logits = 30 * torch.sigmoid((model.lm_head.type_as(x) @ x).float() / 7.5)[:s.vocab_size].cpu()
+        logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
         token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
         if token == s.bos_id:  # the document ends
             break
