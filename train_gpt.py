@@ -300,7 +300,7 @@ class Norm(torch.autograd.Function):
         scale = (x32.square().mean(-1, keepdim=True) + 2**-23).rsqrt()
         y = (x32 * scale).type_as(x)
         ctx.save_for_backward(y, scale, cos, sin)
-        return y
+        return y.view_as(y)  # y itself may have no gradient under torch.compile of PyTorch 2.11
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -359,7 +359,7 @@ class ReluSquared(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         y = x.relu().square_()
         ctx.save_for_backward(y)
-        return y
+        return y.view_as(y)  # as in Norm
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
