@@ -1,7 +1,7 @@
 """
 Build the demo's corpus from the source code of the standard library of the Python that runs this script.
 
-    python data/demo_corpus.py [FOLDER]        # default: data/stdlib-VERSION beside this script
+    python data/demo_corpus.py FOLDER
 
 The tokens are UTF-8 bytes, 0 to 255, and BOS = 256. Each module is cut at line ends into documents of 640
 bytes or a little more. Every 16th module is held out for validation. Tests are left out, because many
@@ -10,7 +10,6 @@ shuffled in the same way each time, so that a version of Python always gives the
 """
 
 import argparse
-import platform
 import random
 import sys
 import sysconfig
@@ -25,7 +24,6 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "enc
 # the document in which it ends. With documents of 641 tokens and a few more, that is half a line.
 DOCUMENT_BYTES = 640
 
-
 def cut_at_line_ends(text: bytes, size: int) -> list[bytes]:
     """Split a text at the first line end after each `size` bytes. The last part may be shorter."""
     parts, part = [], b""
@@ -36,7 +34,6 @@ def cut_at_line_ends(text: bytes, size: int) -> list[bytes]:
             part = b""
     return [*parts, part] if part else parts
 
-
 def read_source(path: Path) -> bytes:
     """A source file as UTF-8, whatever encoding it declares; empty if it cannot be decoded."""
     try:
@@ -45,18 +42,15 @@ def read_source(path: Path) -> bytes:
     except (SyntaxError, UnicodeError):
         return b""
 
-
 def standard_library(root: Path) -> list[bytes]:
     """The source code of all modules below a folder, in the order of their paths."""
     paths = sorted(path for path in root.rglob("*.py") if not path.name.startswith("_sysconfigdata"))
     sources = [read_source(path) for path in paths if not LEFT_OUT & set(path.relative_to(root).parts)]
     return [source for source in sources if source]
 
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    default = Path(__file__).resolve().parent / f"stdlib-{platform.python_version()}"
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the shards")
     folder, root = parser.parse_args().folder, Path(sysconfig.get_paths()["stdlib"])
     modules = standard_library(root)
     if len(modules) < 2 * HELD_OUT:
@@ -77,7 +71,6 @@ def main() -> int:
               "may write.", file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

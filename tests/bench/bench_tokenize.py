@@ -1,7 +1,7 @@
 """
 Measure data/tokenize_text.py: MB of text per second, from the start of the process to its end.
 
-    python tests/bench/bench_tokenize.py [--tokenizer gpt2] [--megabytes 128] [--workers 1 2] [--repeats 5]
+    python tests/bench/bench_tokenize.py [--tokenizer gpt2 --workers 1 2 4] [--megabytes 128] [--repeats 5]
 
 The text is made up, the same each time. Numbers of workers take turns, so that other work on the machine
 affects all of them. Printed are median, least and most.
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tokenizer", choices=("bytes", "gpt2"), default="bytes")
     parser.add_argument("--megabytes", type=float, default=128)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="for gpt2")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     speeds = {workers: [] for workers in args.workers}
