@@ -136,7 +136,7 @@ def finished(log: Path, version: Version, turn: int) -> bool:
     if not log.exists():
         return False
     run, seed = report.read_log(log), version.environment(turn)["SEED"]
-    differ = report.differences(run, version)
+    differ = report.differences(run, version, report.MAY_DIFFER)
     if run.settings.get("seed") != seed:
         differ += f" seed ({run.settings.get('seed')}, {seed})"
     if differ:
@@ -190,8 +190,8 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
             for turn, version, log in progress:
                 name = f"round {turn}, {version.label}"
                 save(log, run_once(version, turn, lambda step: progress.set_postfix_str(f"{name}: {step}")))
-                run = report.read_log(log)
-                progress.write(f"{name}: loss {run.loss:.4f} at step {run.step}, {run.seconds:.2f} s")
+                end = report.read_log(log).end
+                progress.write(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")
 
 
 def out_folder(name: str) -> Path:

@@ -57,8 +57,8 @@ def run(capsys):
 def test_a_log_of_ours_is_read_as_it_stands(tmp_path):
     log = report.read_log(write(tmp_path, our_log(source="a = 1\n\nb = 2\n", seed=3)) / "round-01.txt")
     assert log.source == "a = 1\n\nb = 2" and log.settings["seed"] == "3"
-    assert (log.loss, log.step, log.num_steps, log.seconds, log.step_avg) == (1.6, 4, 4, 0.4, 100.0)
-    assert (log.peak, log.target, log.hardware) == (7, 1.7, "2 CPUs, 2 threads")
+    assert log.end == report.Validation(step=4, loss=1.6, seconds=0.4)
+    assert list(log.validations) == [0, 2, 4] and log.hardware == "2 CPUs, 2 threads"
 
 
 def test_the_published_speedruns_figures_come_out(tmp_path, run):
@@ -77,22 +77,21 @@ def test_the_published_speedruns_figures_come_out(tmp_path, run):
 
 GOOD = our_log()
 BAD = {
-    "a last line on peak memory, found none": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM\n",
+    "found 2 steps, and at the end ": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM\n",
+    "a line on peak memory": GOOD.partition("peak")[0],
     "expected all steps from 1 on": re.sub("step:3/4 .*\n", "", GOOD),
     "from 1 on": re.sub("step:[01]/4 .*\n", "", GOOD),  # resumed
-    "a finite validation loss after the last": re.sub("step:4/4 val_loss.*\n", "", GOOD),
-    "and a finite validation loss": GOOD.replace("val_loss:1.6000 train", "val_loss:nan train"),
+    "then a finite validation loss": re.sub("step:4/4 val_loss.*\n", "", GOOD),
+    "a finite validation loss": GOOD.replace("val_loss:1.6000 train", "val_loss:nan train"),
     "expected source, environment, settings and steps": "shopping list\n",
-    "'utf-8' codec": GOOD.encode("utf-16"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_log_that_is_not_of_a_complete_run_is_refused(tmp_path, run, what):
-    log, content = write(tmp_path, "", GOOD) / "round-01.txt", BAD[what]
-    log.write_bytes(content if isinstance(content, bytes) else content.encode())
+    log = write(tmp_path, BAD[what], GOOD) / "round-01.txt"
     code, out, err = run(tmp_path)
-    assert code == 1 and not out and err.startswith(f"{log}: not the log of a complete run: ")
+    assert code == 1 and not out and err.startswith(f"{log}: not ")
     assert what in err and err.count("\n") == 1
 
 
@@ -146,7 +145,7 @@ def test_rounds_that_only_one_version_has_are_not_paired(race, run):
 
 def test_losses_are_compared_at_a_step(race, run):
     code, out, _ = run(race, "--step", 2)
-    assert code == 0 and "loss 3.6000 at step 2/4, 0.20 s" in out
+    assert code == 0 and "loss 3.6000 at step 2, 0.20 s" in out
     assert "expected a validation at step 3, found none" in run(race, "--step", 3)[2]
 
 
@@ -158,12 +157,6 @@ def test_runs_that_reach_a_target_are_counted(tmp_path, run):
     write(tmp_path, our_log(1.6, ms=90), our_log(1.6, ms=91))  # equal losses: one seed, perhaps
     out = run(tmp_path)[1]
     assert "p (mean" not in out and "loss is not shown to meet" in out
-
-
-def test_times_of_other_hardware_are_pointed_out(tmp_path, run):
-    write(tmp_path / "old", our_log(), our_log(1.5))
-    write(tmp_path / "new", our_log().replace("2 threads", "1 threads"))
-    assert "their times do not compare: " in run(tmp_path / "new", "--vs", tmp_path / "old")[1]
 
 
 def test_the_plot_is_a_picture(race, run, tmp_path):
@@ -209,9 +202,9 @@ def test_the_tables_are_what_the_logs_give(records, run):
 
 
 def test_a_record_has_every_round(records, run):
-    for version, found in (("a", "round-01.txt, round-03.txt"), ("b", "round-01.txt, round-03.txt")):
+    for version in ("a", "b"):  # the second time, round 2 of both is missing
         (records / f"2026-02-03_Two/{version}/round-02.txt").unlink()
-        assert f"found only {found}." in run("--leaderboard")[2]
+        assert "expected round-02.txt, found none." in run("--leaderboard")[2]
 
 
 def test_the_tables_of_this_repository_are_what_their_logs_give(run):
