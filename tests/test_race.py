@@ -110,7 +110,7 @@ def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(rac
     code, calls, _, err = racing.run(racing.a, racing.b, "-n", 3)
     assert code == 1 and calls == ["a 1 1", "b 1 1", "a 1 2", "b 1 2"]
     assert racing.logs() == ["a/round-01.txt", "a/round-02.txt", "b/round-01.txt"]
-    assert "b, seed 2: its run ended with exit code 1: " in err and "the loss is not finite" in err
+    assert "round 2, b: exit code 1, 0 logs. " in err and "the loss is not finite" in err
 
 
 def test_a_log_that_is_not_complete_does_not_count(racing):
@@ -143,13 +143,13 @@ def test_a_race_is_not_continued_with_other_versions(racing, monkeypatch):
         code, calls, _, err = racing.run(*versions, "-n", 1)
         assert code == 1 and not calls and what in err and err.count("\n") == 1
 
-    refused("expected a race of b, a, found one of a, b; name another --out.", racing.b, racing.a)
-    refused("they differ in width (1, 2); restore it", f"a:{racing.a} WIDTH=2", racing.b)
-    refused("they differ in seed (1, 7); restore it", f"a:{racing.a} SEED=7", racing.b)
+    refused("expected a race of ['b', 'a'], found ['a', 'b']; name another --out.", racing.b, racing.a)
+    refused("differ in width (1, 2): restore it", f"a:{racing.a} WIDTH=2", racing.b)
+    refused("differ in seed (1, 7): restore it", f"a:{racing.a} SEED=7", racing.b)
     monkeypatch.setenv("TARGET_LOSS", "2")
-    refused("they differ in target_loss (1, 2); restore it", racing.a, racing.b)
+    refused("differ in target_loss (1, 2): restore it", racing.a, racing.b)
     monkeypatch.delenv("TARGET_LOSS")
-    refused("they differ in source; restore it", racing.a, racing.script("b", extra="# edited\n"))
+    refused("differ in source: restore it", racing.a, racing.script("b", extra="# edited\n"))
     log = racing.out / "a/round-01.txt"
     log.write_text(log.read_text()[:-50])
     refused("not the log of a complete run: ", racing.a, racing.b)
@@ -157,12 +157,11 @@ def test_a_race_is_not_continued_with_other_versions(racing, monkeypatch):
 
 @pytest.mark.parametrize("versions, what", [
     (["{a}", "{b} WIDTH=0"], "b_WIDTH=0 cannot run: WIDTH: expected at least 1, found 0."),
-    (["{a}", "{b} WITH=2"], "WITH is not a setting that a race can override."),
-    (["{a}", "{b} LOG_DIR=2"], "LOG_DIR is not a setting that a race can override."),
-    (["{a}", "{a}"], "a, a: expected different labels; put LABEL: in front of one."),
-    (["no mlp:WIDTH=0"], "expected NAME=VALUE, found 'mlp:WIDTH=0'."),
+    (["{a}", "{b} WITH=2 width=3"], "b_WITH=2_width=3: expected names of settings, found WITH, width."),
+    (["{a}", "{a}"], "expected different labels, found ['a', 'a']; put LABEL: in front of one."),
+    (["{a} HEAD"], "expected [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]."),
     (["no-such-thing"], "'no-such-thing': expected a script, a git revision or NAME=VALUE"),
-    (["'unclosed"], "No closing quotation."),
+    (["'unclosed"], "expected [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]."),
 ])
 def test_what_cannot_run_is_said_before_anything_runs(racing, versions, what):
     code, calls, _, err = racing.run(*(text.format(a=racing.a, b=racing.b) for text in versions))
