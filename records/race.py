@@ -104,8 +104,7 @@ def finished(turn: int, version: Version, log: Path) -> bool:
     if not log.exists():
         return False
     expected = replace(version, settings=version.settings | {"seed": version.environment(turn)["SEED"]})
-    differ = differences(read_log(log), expected, MAY_DIFFER - {"seed"})
-    if differ:
+    if differ := differences(read_log(log), expected, MAY_DIFFER - {"seed"}):
         raise ReportError(f"{log} and {version.label} differ in {differ}: restore it, or name another --out.")
     return True
 

@@ -56,7 +56,7 @@ class Run:
     round: Path | None  # RACE/round-01.txt: the same for all versions of a race; None for other logs
 
 def read_log(path: Path, step: int = 0) -> Run:
-    """The log of a complete run, judged at the validation after `step`, or at the last if that is 0.
+    """Read the log of a complete run, judged at the validation after `step`, or at the last if that is 0.
     Raises OSError, and ReportError if the log is cut or damaged, or its run was stopped or resumed."""
     text = path.read_text(encoding="utf-8", errors="replace")
     source, *parts = text.split("\n" + "=" * 100 + "\n")
@@ -68,17 +68,17 @@ def read_log(path: Path, step: int = 0) -> Run:
     trained = [int(number) for number in TRAINED.findall(lines)]
     validations = {int(number): Validation(int(number), float(loss), int(ms) / 1000)
                    for number, loss, ms in VALIDATED.findall(lines)}
-    last = len(trained)
-    complete = trained == list(range(1, last + 1)) and last in validations
+    num_steps = len(trained)
+    complete = trained == list(range(1, num_steps + 1)) and num_steps in validations
     if not complete or "\npeak memory allocated: " not in lines:
         raise ReportError(f"{path}: not the log of a complete run: expected all steps from 1 on, then a "
-                          f"finite validation loss and a line on peak memory, found {last} steps, and at "
-                          f"the end {lines[-80:]!r}.")
+                          f"finite validation loss and a line on peak memory, found {num_steps} steps, and "
+                          f"at the end {lines[-80:]!r}.")
     if step and step not in validations:
         raise ReportError(f"{path}: expected a validation at step {step}, found none.")
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
     return Run(path, source.rstrip("\n"), settings, describe_hardware(environment, lines), validations,
-               validations[step or last], race_round)
+               validations[step or num_steps], race_round)
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
@@ -103,8 +103,7 @@ def load(paths, step: int = 0, target: float | None = None) -> list[Group]:
     """The sets at these paths: one per version if the path is a race's folder, else one of all the logs.
     Raises OSError, and ReportError if a log is not complete, or those of a set are of different versions."""
     paths = [Path(path) for path in paths]
-    labels = race_labels(paths[0]) if len(paths) == 1 else []
-    folders = [paths[0] / label for label in labels]
+    folders = [paths[0] / label for label in race_labels(paths[0])] if len(paths) == 1 else []
     versions = [[folder] for folder in folders if any(folder.glob("*.txt"))]
     return [load_group(version, step, target) for version in versions or [paths]]
 
@@ -116,32 +115,32 @@ def race_labels(race: Path) -> list[str]:
     return [version["label"] for version in json.loads(path.read_text(encoding="utf-8"))["versions"]]
 
 def load_group(paths: list[Path], step: int, target: float | None) -> Group:
-    """One set of the logs at these paths, which are logs and folders of logs."""
+    """The set of all logs at these paths, which are logs or folders of logs."""
     runs = []
     for path in paths:
         logs = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         runs += [read_log(log, step) for log in logs]
     if not runs:
         raise ReportError(f"{paths[0]}: expected logs (*.txt) of one version, found none.")
-    first = runs[0]
     for number, run in enumerate(runs):
-        differ = differences(first, run, MAY_DIFFER)
-        if differ:
-            raise ReportError(f"{first.path} and {run.path} differ in {differ}: put --vs between versions.")
+        if differ := differences(runs[0], run, MAY_DIFFER):
+            raise ReportError(f"{runs[0].path} and {run.path} differ in {differ}: put --vs between versions.")
         if run.validations in [other.validations for other in runs[:number]]:
             raise ReportError(f"{run.path}: the same run as another log; name it once.")
     hardware = "; ".join(sorted({run.hardware for run in runs}))
-    target = target or float(first.settings.get("target_loss", TARGET)) or None
-    return Group(first.path.resolve().parent.name, runs, hardware, target)
+    target = target or float(runs[0].settings.get("target_loss", TARGET)) or None
+    return Group(runs[0].path.resolve().parent.name, runs, hardware, target)
 
 def differences(one, other, may_differ: set[str]) -> str:
-    """'mlp_dim (512, 384), source': in what two runs or versions differ, which have settings and a source."""
+    """'mlp_dim (512, 384), source': where the settings and source of two runs or versions differ."""
     found = []
     for name in {**one.settings, **other.settings}:
         a, b = one.settings.get(name), other.settings.get(name)
         if a != b and name not in may_differ:
             found.append(f"{name} ({a}, {b})")
-    return ", ".join(found + ["source"] * (one.source != other.source))
+    if one.source != other.source:
+        found.append("source")
+    return ", ".join(found)
 
 # ----------------------------------------------------------------------------------------------------------
 # Statistics
@@ -168,8 +167,7 @@ def compare(new: Group, old: Group) -> str:
     new_times, old_times = values(new_runs, "seconds"), values(old_runs, "seconds")
     time = interval(new_times, old_times, bool(pairs))
     loss = interval(values(new_runs, "loss"), values(old_runs, "loss"), bool(pairs))
-    # A difference of logarithms is the logarithm of a ratio.
-    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), bool(pairs))
+    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), bool(pairs))  # log of the ratio
     ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
     return (f"{way}: {verdict('time', time, 'faster', 'slower', 2, ' s')} ({ratio} of the time); "
             f"{verdict('loss', loss, 'loss lower', 'loss higher', 4)}")
@@ -185,9 +183,9 @@ def verdict(what: str, difference: tuple[float, float], below: str, above: str, 
 def plus_minus(value: float, half: float, digits: int, sign="") -> str:
     return f"{value:{sign}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
-def spread(values: list[float], digits: int) -> str:
+def spread(figures: list[float], digits: int) -> str:
     """'1.6711 ± 0.0106': mean and standard deviation."""
-    return plus_minus(np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan, digits)
+    return plus_minus(np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else np.nan, digits)
 
 def p_value(group: Group) -> float:
     """p of the one-sided t-test that the mean loss is below the target; nan without two different losses."""
@@ -201,21 +199,23 @@ def reached(group: Group) -> str:
     steps = []  # of each run's first validation at or below the target
     for run in group.runs:
         steps += [point.step for point in run.validations.values() if point.loss <= group.target][:1]
-    span = " to ".join(str(step) for step in sorted({min(steps), max(steps)})) if steps else ""
-    return f"{len(steps)} of {len(group.runs)}" + (f", at step {span}" if steps else "")
+    if not steps:
+        return f"0 of {len(group.runs)}"
+    first_and_last = sorted({min(steps), max(steps)})
+    return f"{len(steps)} of {len(group.runs)}, at step {' to '.join(map(str, first_and_last))}"
 
 # ----------------------------------------------------------------------------------------------------------
 # Output: text, curves, and the tables of the records
 
 def cells(group: Group) -> list[str]:
     """The cells under COLUMNS; ± is the standard deviation over runs."""
-    p, step_avg = p_value(group), [1000 * run.end.seconds / run.end.step for run in group.runs]
+    p = p_value(group)
     return [str(len(group.runs)),
             spread(values(group.runs, "loss"), 4),
             "-" if np.isnan(p) else f"{p:.2g} ({group.target:g})",
             reached(group) if group.target else "-",
             spread(values(group.runs, "seconds"), 2),
-            spread(step_avg, 1)]
+            spread([1000 * run.end.seconds / run.end.step for run in group.runs], 1)]
 
 def report(groups: list[Group]) -> None:
     """Print each set, whether it meets its target, and how it differs from the first."""

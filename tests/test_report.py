@@ -209,3 +209,4 @@ def test_a_record_has_every_round(records, run):
 
 def test_the_tables_of_this_repository_are_what_their_logs_give(run):
     assert run("--leaderboard", "--check") == (0, "", "")
+    assert f"\n{report.BEGIN}\n| date |" in (ROOT / "records/README.md").read_text(encoding="utf-8")
