@@ -43,7 +43,10 @@ class Version:
 
     def environment(self, seed: int) -> dict[str, str]:
         """Of a run: this process's, the version's overrides, and the seed unless one is set."""
-        return {"SEED": str(seed), **os.environ, **self.overrides, "LOG_DIR": "logs"}
+        env = {"SEED": str(seed), **os.environ, **self.overrides, "LOG_DIR": "logs"}
+        if env.get("DATA_PATH"):
+            env["DATA_PATH"] = os.path.abspath(env["DATA_PATH"])  # it runs in another folder
+        return env
 
 # ----------------------------------------------------------------------------------------------------------
 # Versions

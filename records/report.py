@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
+
+try:
+    from matplotlib.figure import Figure
+    from scipy import stats
+except ImportError as error:
+    sys.exit(f"report.py: {error.name} is missing; run: python -m pip install -r records/requirements.txt")
 
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats per token; of the published speedrun, whose logs have no settings
@@ -215,7 +219,7 @@ def cells(group: Group) -> list[str]:
             "-" if np.isnan(p) else f"{p:.2g} ({group.target:g})",
             reached(group) if group.target else "-",
             spread(values(group.runs, "seconds"), 2),
-            spread([1000 * run.end.seconds / run.end.step for run in group.runs], 1)]
+            spread([1000 * run.end.seconds / max(run.end.step, 1) for run in group.runs], 1)]
 
 def report(groups: list[Group]) -> None:
     """Print each set, whether it meets its target, and how it differs from the first."""
