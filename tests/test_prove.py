@@ -13,6 +13,7 @@ import train_gpt
 
 sys.path += [str(ROOT / "records"), str(ROOT / "tests/gpu")]
 
+import prove  # noqa: E402
 import report  # noqa: E402
 import roofline  # noqa: E402
 
@@ -23,18 +24,33 @@ def test_prove_runs_small_on_a_cpu_and_leaves_tables_and_logs_fit_for_records(tm
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     groups = [group for kind in ("shapes", "text") for group in report.load([tmp_path / kind])]
-    assert [x.label for x in groups] == ["fast", "plain-XXT-head-attention", "fp8-head-0", "fp8-head-1"]
+    assert [x.label for x in groups] == ["fast", "plain", "fp8-head-0", "fp8-head-1"]
     summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    assert summary.endswith("\npassed\n\n")
-    tables = roofline.read_tables(summary)
-    header, *phases, total = tables["ms of a step by long attention window, shapes/fast"]
-    assert header == ["phase", "48", "112", "176"]
+    assert summary.endswith("\n## result\n\npassed\n")
+    rows = [line.strip("| ").split(" | ") for line in summary.splitlines() if line.startswith("| ")]
+    header, _, *phases, total, step_avg, _, _ = rows
+    assert header == ["phase", "shapes/fast, 48", "shapes/fast, 112", "shapes/fast, 176",
+                      "text/fp8-head-1, 112", "text/fp8-head-0, 112", "shapes/plain, 112"]
     found = [[float(ms) for ms in row[1:]] for row in phases]
     assert len(found) == 10 and min(map(min, found)) > 0
     assert [sum(ms) for ms in zip(*found)] == pytest.approx([float(ms) for ms in total[1:]], abs=0.01)
-    *_, total, logged, _ = tables["ms of a step, mean of the windows"]
-    assert float(total[1]) == pytest.approx(float(logged[1]), rel=0.5), "the phases fill a step"
-    assert len(tables["Losses on the demo's text, nats a byte"]) == 3
+    assert float(total[-1]) == pytest.approx(float(step_avg[-1]), rel=0.5), "the phases fill a step"
+
+
+def test_a_part_that_fails_or_finds_no_time_left_is_named_and_stops_no_other(tmp_path):
+    proof = prove.Report(tmp_path, minutes=0)
+
+    def run(proof, name, program):
+        proof.add(name, prove.run(proof, name, ["-c", program]))
+
+    proof.part("late", run, "import time; time.sleep(60)")
+    proof.deadline += 60
+    proof.part("wrong", run, "raise SystemExit('the reason')")
+    proof.part("right", run, "print('its figure')")
+    late, wrong = proof.problems
+    assert late == "FAILED: late: TimeoutError: no time was left"
+    assert wrong.startswith("FAILED: wrong: RuntimeError: exit code 1;") and "the reason" in wrong
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == "## right\n\nits figure\n\n"
 
 
 def counted(function):
@@ -76,10 +92,11 @@ def test_the_roofline_counts_the_keys_that_the_mask_shows(window, document):
 
 
 def test_the_roofline_shows_measured_phases_beside_the_estimate(tmp_path, capsys):
-    summary = tmp_path / "summary.md"
-    summary.write_text("# 1 x GPU\n\n## ms of a step, mean of the windows\n\n| phase | fast | plain |\n"
-                       "| --- | --- | --- |\n| blocks, forward | 21.5 | 30.0 |\n| batch | 0.25 | 1.0 |\n")
-    assert roofline.main(["--measured", str(summary), "--bf16", "700"]) == 0
+    log = tmp_path / "log.txt"
+    log.write_text('step:1/2\nphases: {"384": {"blocks, forward": 21, "batch": 0.25}, '
+                   '"896": {"batch": 0.25, "blocks, forward": 22}}\n')
+    assert roofline.main(["--measured", str(log), "--bf16", "700"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("estimate, not measured: 8 ranks, 393,216 tokens a step; bf16 700,")
-    assert " | 21.5 |\n" in shown and "| batch | - | 0.25 |\n" in shown and " | - |\n" in shown
+    assert " | 21.50 |\n" in shown and "| batch | - | 0.25 |\n" in shown and " | - |\n" in shown
+    assert shown.endswith(" | 21.75 |\n")

@@ -20,6 +20,7 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -90,9 +91,15 @@ def bytes_moved(kernel):
     return sum(min(elements[name], x.get_numel()) * x.get_dtype().itemsize for name, x in buffers.items())
 
 
+class Kernel(NamedTuple):
+    operations: str  # the names of the graph's operations that went into it
+    moved: int  # [bytes]
+    by_inductor: int  # [bytes] by Inductor's own count
+    pointwise: bool  # no product or attention, but a kernel that Inductor writes
+
+
 def plan_kernels(gm, mode):
-    """(operations, bytes, bytes by Inductor's count) of each kernel that Inductor makes of a graph, as if on
-    the GPU."""
+    """The kernels that Inductor makes of a graph, as if on the GPU."""
     def on_gpu(x):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU)
 
@@ -108,9 +115,10 @@ def plan_kernels(gm, mode):
         with V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
             lowering.run(*inputs)
             lowering._update_scheduler()
-            kernels = [(operation_names(kernel), bytes_moved(kernel), kernel.get_read_write_buffers_sizes())
-                       for kernel in lowering.scheduler.nodes]
-            return [kernel for kernel in kernels if kernel[1]]  # the others run nothing
+            kernels = [Kernel(operation_names(x), bytes_moved(x), x.get_read_write_buffers_sizes(),
+                              not isinstance(x, ExternKernelSchedulerNode))
+                       for x in lowering.scheduler.nodes]
+            return [kernel for kernel in kernels if kernel.moved]  # the others run nothing
 
 
 def operation_names(kernel):
@@ -139,15 +147,16 @@ def main():
     graphs = trace(train_gpt, mode, [(896, 384)])
     kept = kept_bytes(graphs[0])
     pretend_to_have_an_h100()
-    print("| graph | kernels and products | GB moved | by Inductor's count | GB kept |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
+    print("| graph | kernels and products | GB moved | of it pointwise | GB by Inductor's count | GB kept |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name, gm in zip(("forward", "backward"), graphs):
         kernels, kinds = plan_kernels(gm, mode), Counter()
-        ours, theirs = (sum(kernel[i] for kernel in kernels) / 1e9 for i in (1, 2))
-        kept_here = f"{kept / 1e9:.1f}" if gm is graphs[0] else ""
-        print(f"| {name} | {len(kernels)} | {ours:.1f} | {theirs:.1f} | {kept_here} |")
-        for operations, size, _ in kernels:
-            kinds[operations] += size / 1e9
+        moved, pointwise, by_inductor = (sum(sizes) / 1e9 for sizes in zip(
+            *((x.moved, x.moved * x.pointwise, x.by_inductor) for x in kernels)))
+        figures = f"{len(kernels)} | {moved:.1f} | {pointwise:.2f} | {by_inductor:.1f}"
+        print(f"| {name} | {figures} | {kept / 1e9:.1f} |" if gm is graphs[0] else f"| {name} | {figures} | |")
+        for kernel in kernels:
+            kinds[kernel.operations] += kernel.moved / 1e9
         for operations, size in kinds.most_common(20 * args.kinds):
             print(f"    {size:6.2f} GB: {operations}", flush=True)
 

@@ -4,13 +4,17 @@ Check this machine's GPUs in one command, and leave logs and tables of what was 
     python tests/gpu/prove.py [--out FOLDER]     # on GPUs, at most 8 minutes
     python tests/gpu/prove.py --small            # tiny, on a CPU: shows that this program runs, and no more
 
-It (1) runs the tests of the kernels; (2) times Newton-Schulz on the matrices that one rank of 8 has, and the
-two orders of the head's weight gradient; (3) trains 20 steps of the speedrun's shapes on synthetic shards,
-through train_gpt.py under torchrun, and times the phases of a step (phases.py); (4) trains 60 steps at full
-width on the demo's text, with float8 and without, and compares the losses; (5) repeats (3) with each fast
-kernel replaced by the plain one. FOLDER gets summary.md with the tables, and shapes/ and text/ with a folder
-of logs for each run, which records/report.py reads. What failed, or did not run for lack of time, is named,
-and the exit code is then 1. roofline.py puts an estimate beside the phases.
+The parts, the most important first:
+  1. shapes/fast: 20 steps of the speedrun's shapes on synthetic shards, on all GPUs, by train_gpt.py under
+     torchrun, with the times of a step's phases (phases.py);
+  2. the tests of the kernels;
+  3. text/fp8-head-1 and -0: 60 steps at full width on the demo's text, on one GPU, with the head in float8
+     and in bfloat16, and the difference of their losses;
+  4. shapes/plain: as 1, at one attention window, with plain kernels, of which no two are in one phase;
+  5. operations on their own: Newton-Schulz on what one rank of 8 has, and the head's weight gradient.
+FOLDER gets summary.md; shapes/ and text/ with the runs' logs, which records/report.py reads; and console/
+with what the parts print. A part that fails or finds no time left is named at the end, and stops no other;
+the exit code is then 1. roofline.py puts an estimate beside the phases.
 """
 
 import argparse
@@ -22,224 +26,188 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean, median
 
 import numpy as np
 import torch
+from phases import milliseconds, take_time, train_gpt
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import train_gpt  # noqa: E402
-
-SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "XXT:", "kernels:", "ready", "compiled",
-         "WARNING", "target_reached", "peak")
+SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "kernels:", "ready")  # lines of a log
 SMALL = dict(MODEL_DIM=32, NUM_HEADS=2, MLP_DIM=64, BATCH_TOKENS=512, VAL_SLICE_TOKENS=512, WINDOW_BLOCK=16,
              MAX_SEQ_LEN=128, DTYPE="float32", TORCH_COMPILE=0, DEVICE="cpu", WARMUP_STEPS=3, VOCAB_SIZE=500,
-             MICROBATCHES=2)
-FP8_TOLERANCE = 0.1  # nats a byte between the validation losses of (4): rounding, not another training
-
+             MICROBATCHES=2, NUM_ITERATIONS=6, VAL_TOKENS=1024)
+TABLE = "ms of a step, by run and long attention window; peak memory in MiB"
+FP8_TOLERANCE = 0.1  # nats a byte between the validation losses with float8 and without
 
 class Report:
-    """What was measured goes to the console and, at once, to summary.md."""
-
+    """What was measured; summary.md has it at once."""
     def __init__(self, out: Path, minutes: float):
-        self.out, self.deadline, self.problems = out, time.monotonic() + 60 * minutes, []
-        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.deadline = out.resolve(), time.monotonic() + 60 * minutes
+        self.sections = {}  # title -> lines
+        self.columns = {}  # run and attention window -> phase, or another figure -> value
+        self.problems = []
+        self.out.mkdir(parents=True, exist_ok=True)
 
-    def write(self, *lines: str) -> None:
-        print(*lines, "", sep="\n", flush=True)
-        with open(self.out / "summary.md", "a", encoding="utf-8") as file:
-            print(*lines, "", sep="\n", file=file)
+    def add(self, title: str, *lines: str) -> None:
+        """Put a section into summary.md, or replace it."""
+        self.sections[title] = "\n".join(lines)
+        texts = [f"## {title}\n\n{text}\n" for title, text in self.sections.items()]
+        (self.out / "summary.md").write_text("\n".join(texts), encoding="utf-8")
 
-    def table(self, title: str, rows: list[list]) -> None:
-        """rows: the header first; numbers are written with three decimals."""
-        texts = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-        lines = ["| " + " | ".join(row) + " |" for row in texts]
-        self.write(f"## {title}", "", lines[0], "|" + " --- |" * len(rows[0]), *lines[1:])
-
-    def run(self, name: str, command: list, **environ) -> str | None:
-        """Standard output of a command that succeeded in the time that is left, else None and a problem."""
-        print(f"{name}: " + " ".join(f"{key}={value}" for key, value in environ.items()), flush=True)
-        environ = os.environ | {key: str(value) for key, value in environ.items()}
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environ, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def part(self, name: str, function, *args, **kwargs) -> None:
+        """Call function(report, name, ...). What it raises is a problem, and does not stop other parts."""
+        begun = time.monotonic()
         try:
-            output, errors = process.communicate(timeout=max(self.deadline - time.monotonic(), 0))
-            problem = f"FAILED: {name}" if process.returncode else ""
+            function(self, name, *args, **kwargs)
+        except Exception as error:
+            self.problems.append(f"FAILED: {name}: {type(error).__name__}: {error}")
+            print(self.problems[-1], flush=True)
+        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
+
+def run(report: Report, name: str, command: list, **environ) -> str:
+    """What a command prints. Raises RuntimeError if it fails, and TimeoutError if no time is left."""
+    console = report.out / "console" / f"{name}.txt"
+    console.parent.mkdir(parents=True, exist_ok=True)
+    environ = os.environ | {key: str(value) for key, value in environ.items()}
+    with open(console, "w", encoding="utf-8") as file:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environ, stdout=file,
+                                   stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(timeout=max(report.deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks, too
-            output, errors = process.communicate()
-            problem = f"NOT MEASURED, no time left: {name}"
-        if problem:
-            self.problems.append(problem)
-            print(output[-3000:], errors[-3000:], problem, sep="\n", flush=True)
-        return None if problem else output
+            process.terminate()  # torchrun then ends its ranks; if it were killed, they would go on
+            process.wait(timeout=60)
+            raise TimeoutError("no time was left") from None
+    output = console.read_text(encoding="utf-8", errors="replace")
+    if code:
+        raise RuntimeError(f"exit code {code}; the end of {console}:\n{output[-2000:]}")
+    return output
 
-    def train(self, name: str, processes: int, plain: list[str] = [], **settings) -> dict | None:
-        """A run of train_gpt.py: its figures, and its log in the folder `name`. None if it failed."""
-        with tempfile.TemporaryDirectory() as folder:
-            command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                       ROOT / "tests/gpu/phases.py", "--out", f"{folder}/phases.json", "--plain", *plain]
-            settings |= dict(PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0, LOG_DIR=folder)
-            output = self.run(name, command, **settings)
-            if output is None:
-                return None
-            print(*(line for line in output.splitlines() if line.startswith(SHOWN)), "", sep="\n")
-            log, = Path(folder).glob("*/log.txt")
-            text, phases = log.read_text(encoding="utf-8"), Path(folder, "phases.json").read_text()
-            (self.out / name).mkdir(parents=True)
-            (self.out / name / "log.txt").write_text(text, encoding="utf-8")
-        if "WARNING, on the clock" in output:  # the log holds the source, too
-            self.problems.append(f"FAILED: {name} compiled graphs after its warm-up")
-        last = re.search(r"^target_reached:.* val_loss:(\S+) .* step_avg:(\S+)ms$", text, re.MULTILINE)
-        losses = re.findall(r"^step:.* train_loss:(\S+)$", text, re.MULTILINE)
-        return dict(phases=json.loads(phases), val_loss=float(last[1]), step_avg=float(last[2]),
-                    train_losses=[float(x) for x in losses],
-                    peak=re.search(r"^peak memory allocated: (\d+)", text, re.MULTILINE)[1])
+def train(report: Report, name: str, processes: int, *options: str, **settings) -> None:
+    """A run of train_gpt.py: its log goes to the folder `name`, its figures into the table of all runs."""
+    folder = report.out / name
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               ROOT / "tests/gpu/phases.py", *options]
+    run(report, name, command, PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0, LOG_DIR=folder, **settings)
+    log, = folder.glob("*/log.txt")
+    text = log.rename(folder / "log.txt").read_text(encoding="utf-8")
+    log.parent.rmdir()
+    lines = text.split("=" * 100 + "\n")[-1]  # without source, environment and settings
+    report.add(name, *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
+    warnings = re.findall(".*WARNING: plain PyTorch.*|WARNING, on the clock.*", lines)
+    report.problems += [f"FAILED: {name}: {warning}" for warning in warnings]
+    # a dict keeps the last of each, which is the final one
+    figures = dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))
+    for window, phases in json.loads(re.search("^phases: (.*)$", lines, re.MULTILINE)[1]).items():
+        phases["sum"] = sum(phases.values())
+        column = {phase: f"{ms:.3f}" for phase, ms in phases.items()} | figures
+        report.columns[f"{name}, {window}"] = column
+    table = [["phase", *report.columns], ["---"] * (1 + len(report.columns))]
+    table += [[key, *(column.get(key, "-") for column in report.columns.values())] for key in column]
+    report.add(TABLE, *("| " + " | ".join(row) + " |" for row in table))
 
+def compare_losses(report: Report, name: str) -> None:
+    losses = [float(column["val_loss"]) for run, column in report.columns.items() if run.startswith("text/")]
+    difference = losses[0] - losses[1]
+    report.add(name, f"{difference:+.4f} nats a byte; at most {FP8_TOLERANCE} is expected")
+    if abs(difference) > FP8_TOLERANCE:
+        raise ValueError(report.sections[name])
 
-def milliseconds(function, repeats: int = 20) -> float:
-    """The median time of a call, after three that do not count."""
-    times = []
-    for _ in range(3 + repeats):
-        if torch.cuda.is_initialized():
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)  # about 1 ms, in which all launches get into the queue, as in a run
-            begun.record()
-            function()
-            ended.record()
-            ended.synchronize()
-            times.append(begun.elapsed_time(ended))
-        else:
-            begun = time.perf_counter()
-            function()
-            times.append(1000 * (time.perf_counter() - begun))
-    return median(times[3:])
+def test_kernels(report: Report, name: str) -> None:
+    """All but the slow one, which compiles kernels for a GPU that is not there."""
+    options = ["-p", "no:xdist", "-o", "addopts=-q", "-m", "not slow"]
+    output = run(report, name, ["-m", "pytest", *options, "tests/gpu/test_gpu.py", "tests/test_kernels.py"])
+    report.add(name, output.strip().splitlines()[-1])
 
+def time_call(function) -> float:
+    """ms of a call, the mean of 10. They are launched while the GPU sleeps: in a step, too, it is behind."""
+    for _ in range(3):
+        function()
+    if torch.cuda.is_initialized():
+        torch.cuda._sleep(50_000_000)  # cycles, about 30 ms
+    begun = take_time()
+    for _ in range(10):
+        function()
+    ended = take_time()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return milliseconds(begun, ended) / 10
 
-def time_newton_schulz(report: Report, s: train_gpt.Settings, device: str) -> None:
-    """The orthogonalisation of a step on one rank of 8; of the symmetric kernel on a GPU only."""
+def time_operations(report: Report, name: str, s: train_gpt.Settings, device: str) -> None:
+    """Newton-Schulz on the matrices of one rank of 8; the head's weight gradient in two orders."""
     with torch.device("meta"):
         model = train_gpt.GPT(s, train_gpt.Kernels(), 8)
-    rows = [["bank", "matrices", "plain, ms", *["symmetric, ms"] * (device == "cuda")]]
-    for name in ("attn_bank", "gate_bank", "mlp_bank"):
-        shape = getattr(model, name).chunk(8)[0].shape
-        G, functions = torch.randn(shape, device=device), [train_gpt.XXT, train_gpt.symmetric_XXT]
-        rows.append([name, " x ".join(map(str, shape)), *(
-            milliseconds(lambda: train_gpt.newton_schulz(G, s.torch_dtype, XXT))
-            for XXT in functions[:len(rows[0]) - 2])])
-    report.table("Newton-Schulz on the matrices of one rank of 8", rows)
-
-
-def time_weight_gradient(report: Report, s: train_gpt.Settings, device: str) -> None:
-    """Of one microbatch: the two orders of the product, each giving a contiguous (V, D)."""
+    kinds, operations, lines = dict(plain=train_gpt.XXT), {}, []
+    if device == "cuda":
+        kinds["symmetric"] = train_gpt.symmetric_XXT
+    for bank in ("attn_bank", "mlp_bank"):
+        G = torch.randn(getattr(model, bank).chunk(8)[0].shape, device=device)
+        for kind, XXT in kinds.items():
+            operation = f"Newton-Schulz, {bank}, {kind} products"
+            operations[operation] = partial(train_gpt.newton_schulz, G, s.torch_dtype, XXT)
     tokens, one = s.batch_tokens // s.microbatches, torch.ones((), device=device)
     x8_t = torch.randn(s.model_dim, tokens, device=device).to(torch.float8_e4m3fn)
     grads_t = torch.randn(s.padded_vocab, tokens, device=device).to(torch.float8_e5m2)
-
-    def product(a, b):
-        return torch._scaled_mm(a, b.mT, one, one, out_dtype=torch.float32)
-
-    report.table("Head's weight gradient in float8, one microbatch", [
-        ["order", "ms"],
-        ["grads.T @ x", milliseconds(lambda: product(grads_t, x8_t))],
-        ["(x.T @ grads).T, made contiguous", milliseconds(lambda: product(x8_t, grads_t).T.contiguous())]])
-
+    product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    operations["head's weight gradient, (x.T @ grads).T"] = lambda: product(x8_t, grads_t.mT).T.contiguous()
+    operations["head's weight gradient, grads.T @ x"] = lambda: product(grads_t, x8_t.mT)
+    for operation, function in operations.items():
+        lines.append(f"- {operation}: {time_call(function):.3f} ms")
+        report.add(name, *lines)
 
 def write_synthetic_shard(path: Path, num_tokens: int, vocab_size: int) -> None:
-    """A shard of random documents of about 500 tokens; the last id opens each."""
+    """A shard of random documents of about 500 tokens; the last id opens each. As in text, some ids are far
+    more common than others (id n as 1 / n), since the embedding's gradient takes longer then."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab_size - 1, num_tokens).astype("<u2")
-    tokens[np.flatnonzero(rng.random(num_tokens) < 1 / 500)] = vocab_size - 1
+    tokens = ((vocab_size - 1) ** rng.random(num_tokens) - 1).astype("<u2")
+    tokens[rng.random(num_tokens) < 1 / 500] = vocab_size - 1
     tokens[0] = vocab_size - 1
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, num_tokens
     path.write_bytes(header.tobytes() + tokens.tobytes())
 
-
-def report_phases(report: Report, runs: dict[str, dict]) -> None:
-    """Phases of the first run by attention window, and of all runs."""
-    windows, *_ = (run["phases"] for run in runs.values())
-    phases = list(max(windows.values(), key=len))
-    rows = [["phase", *windows]] + [[phase, *(w[phase] for w in windows.values())] for phase in phases]
-    rows.append(["sum", *(sum(w.values()) for w in windows.values())])
-    report.table(f"ms of a step by long attention window, {next(iter(runs))}", rows)
-    rows = [["phase", *runs]]
-    for phase in phases:
-        rows.append([phase, *(fmean(w[phase] for w in run["phases"].values()) for run in runs.values())])
-    rows.append(["sum", *(sum(row[i] for row in rows[1:]) for i in range(1, len(rows[0])))])
-    rows.append(["step_avg of the log", *(run["step_avg"] for run in runs.values())])
-    rows.append(["peak memory, MiB", *(run["peak"] for run in runs.values())])
-    report.table("ms of a step, mean of the windows", rows)
-
-
-def report_losses(report: Report, runs: dict[str, dict]) -> None:
-    rows = [["run", "steps", "validation loss", "mean of the last 10 training losses", "step_avg, ms"]]
-    for name, run in runs.items():
-        losses = run["train_losses"]
-        rows.append([name, len(losses), run["val_loss"], fmean(losses[-10:]), run["step_avg"]])
-    report.table("Losses on the demo's text, nats a byte", rows)
-    if len(runs) == 2:
-        one, other = (run["val_loss"] for run in runs.values())
-        report.write(f"The validation losses differ by {one - other:+.4f}, at most {FP8_TOLERANCE} expected.")
-        if not abs(one - other) <= FP8_TOLERANCE:
-            report.problems.append("FAILED: the losses with float8 and without differ by too much")
-
-
-def prove(report: Report, processes: int, small: bool) -> None:
-    sizes, device = SMALL if small else {}, "cpu" if small else "cuda"
+def prove(report: Report, processes: int, small: bool, data: Path) -> None:
+    """All parts. data: a folder for the shards."""
+    sizes, shard, demo = SMALL if small else {}, data / "synthetic.bin", train_gpt.PRESETS["demo"]
     s = replace(train_gpt.Settings(), **{name.lower(): value for name, value in sizes.items()})
-    report.write("# " + (f"{processes} processes on a CPU, tiny" if small else
-                         f"{processes} x {torch.cuda.get_device_name()}"), "",
-                 f"PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}")
+    write_synthetic_shard(shard, 12_000_000, s.vocab_size)
+    shapes = dict(TRAIN_FILES=shard, VAL_FILES=shard, BOS_ID=s.vocab_size - 1, NUM_ITERATIONS=20,
+                  WARMUP_STEPS=6, VAL_TOKENS=2_097_152) | sizes
+    # one of the windows and the microbatch of `shapes`: its compiled graph can be used again
+    text = dict(TRAIN_FILES=demo["train_files"], VAL_FILES=demo["val_files"], DATA_PATH=data, BOS_ID=256,
+                EPOCHS=4, BATCH_TOKENS=49_152, MICROBATCHES=1, NUM_ITERATIONS=60, WINDOW_SCHEDULE="7",
+                WARMUP_STEPS=2, VAL_TOKENS=262_144) | sizes
+    plain = shapes | dict(NUM_ITERATIONS=10, WINDOW_SCHEDULE="7", WARMUP_STEPS=2, FP8_HEAD=0)
+    report.part("shapes/fast", train, processes, **shapes)
     if not small:
-        tests = [ROOT / "tests/gpu/test_gpu.py", ROOT / "tests/test_kernels.py"]
-        if output := report.run("kernels", ["-m", "pytest", "-p", "no:xdist", "-o", "addopts=-q", *tests]):
-            report.write(f"Tests of the kernels: {output.strip().splitlines()[-1]}")
-    time_newton_schulz(report, s, device)
-    if small or torch.cuda.get_device_capability() >= (8, 9):
-        time_weight_gradient(report, s, device)
-    if not small:
-        torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        shard, text, vocab_size = Path(folder, "tokens.bin"), Path(folder, "text"), s.vocab_size
-        write_synthetic_shard(shard, 100_000 if small else 30_000_000, vocab_size)
-        report.run("demo's text", [ROOT / "data/demo_corpus.py", text])
-        shapes = dict(NUM_ITERATIONS=6 if small else 20, TRAIN_FILES=shard, VAL_FILES=shard, WARMUP_STEPS=6,
-                      BOS_ID=vocab_size - 1, VAL_TOKENS=1024 if small else 2_097_152)
-        language = dict(NUM_ITERATIONS=3 if small else 60, TRAIN_FILES=text / "*train*", BOS_ID=256,
-                        VAL_FILES=text / "*val*", VAL_TOKENS=1024 if small else 524_288, EPOCHS=4,
-                        BATCH_TOKENS=131_072, VAL_SLICE_TOKENS=65_536, WARMUP_STEPS=3)
-        runs = {"shapes/fast": report.train("shapes/fast", processes, **shapes | sizes)}
-        losses = {name: report.train(name, 1 if small else processes, **language | sizes | dict(FP8_HEAD=fp8))
-                  for name, fp8 in (("text/fp8-head-1", 1), ("text/fp8-head-0", 0))}
-        for plain in (["XXT", "head", "attention"],) if small else (["XXT"], ["head"], ["attention"]):
-            name = "shapes/plain-" + "-".join(plain)
-            runs[name] = report.train(name, processes, plain, **shapes | sizes)
-    for tell, found in ((report_phases, runs), (report_losses, losses)):
-        if measured := {name: run for name, run in found.items() if run}:
-            tell(report, measured)
-
+        report.part("tests of the kernels", test_kernels)
+    for fp8 in (1, 0):
+        report.part(f"text/fp8-head-{fp8}", train, 1, **text | dict(FP8_HEAD=fp8))
+    report.part("difference of the losses on text", compare_losses)
+    report.part("shapes/plain", train, processes, "--plain", **plain)
+    report.part("operations", time_operations, s, "cpu" if small else "cuda")
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("prove"), help="a new folder (default: prove)")
-    parser.add_argument("--minutes", type=float, default=8, help="no run goes on longer (default: 8)")
+    parser.add_argument("--minutes", type=float, default=7, help="after which runs are ended (default: 7)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU")
     args = parser.parse_args()
     if not (args.small or torch.cuda.is_available()):
         parser.error("expected a CUDA GPU, found none; --small runs on a CPU")
     if args.out.is_dir() and any(args.out.iterdir()):
-        parser.error(f"expected an empty folder, found logs in {args.out}; name another with --out")
+        parser.error(f"expected an empty folder, found files in {args.out}; name another with --out")
     processes = 2 if args.small else max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
+    machine = "processes on a CPU, tiny" if args.small else f"x {torch.cuda.get_device_name()}"
     report = Report(args.out, args.minutes)
-    prove(report, processes, args.small)
-    report.write(*(report.problems or ["passed"]))
+    report.add("machine", f"{processes} {machine}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    with tempfile.TemporaryDirectory() as folder:
+        prove(report, processes, args.small, Path(folder))
+    report.add("result", *(report.problems or ["passed"]))
+    print((report.out / "summary.md").read_text(encoding="utf-8"))
     return 1 if report.problems else 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,16 +1,18 @@
 """
 What a step should cost on paper: FLOPs and bytes of each phase from the shapes in Settings, at given rates.
 
-    python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured prove/summary.md]
+    python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured prove/shapes/fast/log.txt]
 
 Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set. A part takes as
 long as its FLOPs or its bytes, whichever is longer; parts follow one another. Collectives are counted whole,
-as if nothing hid them; launches, waiting and imbalance are not counted. --measured puts the table of prove.py
-beside the estimate. None of this program's own numbers is a measurement.
+as if nothing hid them; launches, waiting and imbalance are not counted. --measured puts what phases.py
+measured beside the estimate. None of this program's own numbers is a measurement.
 """
 
 import argparse
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -29,11 +31,9 @@ RATES = dict(  # option -> (default, meaning); the defaults are assumptions for 
     memory=(3.35, "TB/s of the GPU's memory; the peak"),
     nvlink=(350.0, "GB/s of a rank in a collective over NVLink; 450 at the peak"))
 
-# What the blocks' pointwise kernels read and write in the forward and in the backward pass, in tensors of
-# T x D (T x hidden for relu squared): counted for an earlier form of `hidden`, which moved a little more.
-PASSES = dict(rotary_and_norm=(7, 16), gate=(4, 3), relu_squared=(2, 3), residual_and_norm=(10, 11),
-              scalar_gradients=(0, 3.3), embedding=(2, 8.6))
-
+# What the blocks' pointwise kernels and reductions read and write: numbers of 2 bytes for each token, channel
+# and block. graph_bytes.py --kinds counts them at the speedrun's shapes: 21.5 and 35.9 GB for 49,152 tokens.
+POINTWISE = {"blocks, forward": 23.7, "blocks, backward": 39.6}
 
 class Part(NamedTuple):
     phase: str  # as phases.py names it
@@ -47,36 +47,29 @@ class Part(NamedTuple):
             return 1000 * self.gigabytes / rates["nvlink"]
         return max(1000 * self.tflop / rates[self.rate], self.gigabytes / rates["memory"])
 
-
 def visible_keys(window: int, document: int) -> float:
     """The mean number of keys that a query sees, in documents of this length."""
     most = min(window, document - 1)
     return 1 + most - most * (most + 1) / (2 * document)
 
-
 def block_parts(model: train_gpt.GPT, s: train_gpt.Settings, tokens: int, document: int) -> list[Part]:
     """Of `tokens` tokens through the blocks, activations and products in bfloat16."""
     dim, num_attn, num_mlp, blocks = s.model_dim, model.num_attn, model.num_mlp, model.blocks
-    banks = {name: p for name, p in model.named_parameters() if "bank" in name}
-    weights = sum(p[0].numel() * model.num_rows[name] for name, p in banks.items())
+    banks = [(name, p) for name, p in model.named_parameters() if "bank" in name]
+    weights = sum(p[0].numel() * model.num_rows[name] for name, p in banks)
     products = 2 * tokens * weights / 1e12
     operands = 2 * (tokens * (num_attn * 6 * dim + num_mlp * 2 * (dim + s.mlp_dim)) + weights) / 1e9
     windows = {train_gpt.attention_windows(step, s) for step in range(s.num_iterations)}  # (long, short)
     keys = sum("".join(block.stages).count("A") *
                fmean(visible_keys(w[not block.long_window], document) for w in windows) for block in blocks)
     attention, moved = 4 * tokens * dim * keys / 1e12, 2 * tokens * 4 * dim * num_attn / 1e9
-    units = dict(rotary_and_norm=num_attn, gate=num_attn if model.gate_bank is not None else 0,
-                 relu_squared=num_mlp * s.mlp_dim / dim, residual_and_norm=len(blocks),
-                 scalar_gradients=len(blocks), embedding=1 + len({b.table for b in blocks} - {None}))
-    casts = 6 * sum(p.numel() for p in banks.values()) / 1e9  # the float32 masters, and their gradients
     parts = []
-    for i, (phase, times, flash) in enumerate((("blocks, forward", 1, 1), ("blocks, backward", 2, 2.5))):
-        passes = sum(units[name] * PASSES[name][i] for name in units)
+    for phase, times, flash in (("blocks, forward", 1, 1), ("blocks, backward", 2, 2.5)):
+        pointwise = POINTWISE[phase] * 2 * tokens * dim * len(blocks) / 1e9
         parts += [Part(phase, "products", times * products, times * operands, "bf16"),
                   Part(phase, "attention", flash * attention, times * moved, "attention"),
-                  Part(phase, "pointwise", 0, passes * 2 * tokens * dim / 1e9 + casts, "bf16")]
+                  Part(phase, "pointwise", 0, pointwise, "bf16")]
     return parts
-
 
 def head_parts(s: train_gpt.Settings, tokens: int) -> list[Part]:
     """Of `tokens` tokens, in float8 with bfloat16 logits."""
@@ -89,12 +82,10 @@ def head_parts(s: train_gpt.Settings, tokens: int) -> list[Part]:
             Part("head, backward", "gradient of the logits", 0, (2 + 1 + 1) * logits, "fp8"),
             Part("head, backward", "products", 2 * product, 2 * logits + 3 * x + 5 * weight, "fp8")]
 
-
 def newton_schulz_tflop(count: int, rows: int, cols: int, symmetric: bool = True) -> float:
     """Of five steps; the symmetric kernel computes half of X X^T and of A A."""
     rows, cols = sorted((rows, cols))
     return count * 5 * ((rows**2 * cols + rows**3) * (1 if symmetric else 2) + 2 * rows**2 * cols) / 1e12
-
 
 def optimizer_parts(model: train_gpt.GPT, ranks: int) -> list[Part]:
     parts, sent = [], 0
@@ -110,7 +101,6 @@ def optimizer_parts(model: train_gpt.GPT, ranks: int) -> list[Part]:
     return parts + [Part(phase, "all parameters", 0, sent / 1e9, "nvlink")
                     for phase in ("reduce-scatter", "all-gather")]
 
-
 def step_parts(s: train_gpt.Settings, ranks: int, document: int) -> list[Part]:
     """All parts of a step on one of the ranks."""
     with torch.device("meta"):
@@ -121,22 +111,17 @@ def step_parts(s: train_gpt.Settings, ranks: int, document: int) -> list[Part]:
     return [p._replace(tflop=times * p.tflop, gigabytes=times * p.gigabytes) for p in parts] + \
         optimizer_parts(model, ranks)
 
-
-def read_tables(summary: str) -> dict[str, list[list[str]]]:
-    """title -> rows of cells, the header first, of each table in a summary of prove.py."""
-    tables = {}
-    for section in summary.split("\n## ")[1:]:
-        lines = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
-        tables[section.splitlines()[0]] = [line.strip("| ").split(" | ") for line in lines]
-    return tables
-
+def read_phases(log: str) -> dict[str, float]:
+    """phase -> ms in a step, the mean over the attention windows, in a log of phases.py."""
+    windows = json.loads(re.search("^phases: (.*)$", log, re.MULTILINE)[1]).values()
+    return {phase: fmean(window[phase] for window in windows) for phase in min(windows, key=len)}
 
 def main(argv=None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--ranks", type=int, default=8, help="GPUs that share a step (default: 8)")
     parser.add_argument("--document", type=int, default=1000, help="tokens of every document (default: 1000)")
-    parser.add_argument("--measured", type=Path, help="summary.md of prove.py, from as many GPUs")
+    parser.add_argument("--measured", type=Path, help="log of phases.py, from as many GPUs")
     for name, (default, meaning) in RATES.items():
         about = f"{meaning} (default: {default:g})"
         parser.add_argument(f"--{name}", type=float, default=default, help=about)
@@ -144,8 +129,8 @@ def main(argv=None) -> int:
     s, *_ = train_gpt.read_settings({"PRESET": "speedrun", **os.environ})
     rates, totals, measured = {name: getattr(args, name) for name in RATES}, {}, {}
     if args.measured:
-        tables = read_tables(args.measured.read_text(encoding="utf-8"))
-        measured = {row[0]: row[1] for row in tables["ms of a step, mean of the windows"][1:]}
+        measured = read_phases(args.measured.read_text(encoding="utf-8"))
+        measured["sum"] = sum(measured.values())
     print(f"estimate, not measured: {args.ranks} ranks, {s.batch_tokens:,} tokens a step; "
           + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
     print("\n| phase | part | TFLOP | GB | ms |\n| --- | --- | --- | --- | --- |")
@@ -153,13 +138,13 @@ def main(argv=None) -> int:
         totals[part.phase] = totals.get(part.phase, 0) + part.ms(rates)
         figures = part.tflop, part.gigabytes, part.ms(rates)
         print("| " + " | ".join([part.phase, part.name, *(f"{x:.2f}" for x in figures)]) + " |")
+    phases = dict.fromkeys([*totals, *measured, "sum"])
     totals["sum"] = sum(totals.values())
     print("\n| phase | estimate, ms | measured, ms |\n| --- | --- | --- |")
-    for phase in dict.fromkeys((*list(totals)[:-1], *measured, "sum")):
-        estimate = f"{totals[phase]:.2f}" if phase in totals else "-"
-        print(f"| {phase} | {estimate} | {measured.get(phase, '-')} |")
+    for phase in phases:
+        figures = [f"{ms[phase]:.2f}" if phase in ms else "-" for ms in (totals, measured)]
+        print(f"| {phase} | {figures[0]} | {figures[1]} |")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
