@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt
 
 pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -121,14 +123,19 @@ def test_the_float8_head_is_the_formula_on_rounded_factors():
 @pytest.mark.parametrize("tile", train_gpt.XXT_TILES, ids=str)
 @pytest.mark.parametrize("rows, cols", [(3, 5), (130, 150)])
 def test_every_tile_gives_the_product_and_its_mirror(tile, rows, cols):
-    x, base = normal(2, rows, cols).to(DEVICE), normal(2, rows, rows, seed=1).to(DEVICE)
+    """In bfloat16 on a GPU: the largest tile of float32 needs more shared memory than an H100 has."""
+    dtype, tolerance = (torch.float32, 1e-6) if DEVICE == "cpu" else (torch.bfloat16, 5e-3)
+    x, base = (normal(2, rows, n, seed=n).to(DEVICE, dtype) for n in (cols, rows))
     base, blocks = base + base.mT, -(-rows // tile.kwargs["BLOCK"])
     kernel = train_gpt.XXT_kernel.fn[blocks, blocks, 2]
     for add in (False, True):
         out = torch.full_like(base, torch.nan)
-        kernel(x, base, out, rows, cols, 0.5, -2.0, add, **tile.kwargs)
+        try:
+            kernel(x, base, out, rows, cols, 0.5, -2.0, add, **tile.kwargs, num_warps=tile.num_warps)
+        except OutOfResources as error:  # as in autotuning, which passes over such a tile
+            pytest.skip(str(error))
         exact = 0.5 * x.cpu().double() @ x.cpu().double().mT - 2 * add * base.cpu().double()
-        assert relative(out, exact) < 1e-6
+        assert relative(out, exact) < tolerance
         assert torch.equal(out[:, 128:, :128], out[:, :128, 128:].mT)
 
 
