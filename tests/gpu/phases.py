@@ -47,7 +47,6 @@ def marked(function, phase: str):
         result = function(*args)
         mark(phase)
         return result
-
     return call
 
 def wrap_train_gpt(plain: bool) -> None:
@@ -64,7 +63,6 @@ def wrap_train_gpt(plain: bool) -> None:
             mark("blocks, forward")
             x.register_hook(lambda grad: mark("head, backward"))
             return kernels.head_loss(x, weight, targets)
-
         return kernels._replace(head_loss=marked(head_loss, "head, forward")), lines
 
     def step_with_marks(model, optimizers, loader, step, lr_scale, momentum, windows, *stop):

@@ -5,11 +5,10 @@ Check this machine's GPUs in one command, and leave logs and tables of what was 
     python tests/gpu/prove.py --small            # tiny, on a CPU: shows that this program runs, and no more
 
 The parts, the most important first:
-  1. shapes/fast: 20 steps of the speedrun's shapes on synthetic shards, on all GPUs, by train_gpt.py under
-     torchrun, with the times of a step's phases (phases.py);
+  1. shapes/fast: 20 steps of the speedrun's shapes on synthetic shards, by train_gpt.py under torchrun, on
+     all GPUs, with the times of a step's phases (phases.py);
   2. the tests of the kernels;
-  3. text/fp8-head-1 and -0: 60 steps at full width on the demo's text, on one GPU, with the head in float8
-     and in bfloat16, and the difference of their losses;
+  3. text/fp8-head-1 and -0: 60 steps at full width on the demo's text, with the head in float8 or bfloat16;
   4. shapes/plain: as 1, at one attention window, with plain kernels, of which no two are in one phase;
   5. operations on their own: Newton-Schulz on what one rank of 8 has, and the head's weight gradient.
 FOLDER gets summary.md; shapes/ and text/ with the runs' logs, which records/report.py reads; and console/
@@ -96,19 +95,20 @@ def train(report: Report, name: str, processes: int, *options: str, **settings) 
     log.parent.rmdir()
     lines = text.split("=" * 100 + "\n")[-1]  # without source, environment and settings
     report.add(name, *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
-    warnings = re.findall(".*WARNING: plain PyTorch.*|WARNING, on the clock.*", lines)
-    report.problems += [f"FAILED: {name}: {warning}" for warning in warnings]
-    # a dict keeps the last of each, which is the final one
+    for warning in re.findall(".*WARNING: plain PyTorch.*|WARNING, on the clock.*", lines):
+        report.problems.append(f"FAILED: {name}: {warning}")
+    # of each there are many in a log: the dict keeps the last, which is the final one
     figures = dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))
     for window, phases in json.loads(re.search("^phases: (.*)$", lines, re.MULTILINE)[1]).items():
         phases["sum"] = sum(phases.values())
-        column = {phase: f"{ms:.3f}" for phase, ms in phases.items()} | figures
-        report.columns[f"{name}, {window}"] = column
+        report.columns[f"{name}, {window}"] = {key: f"{ms:.3f}" for key, ms in phases.items()} | figures
     table = [["phase", *report.columns], ["---"] * (1 + len(report.columns))]
-    table += [[key, *(column.get(key, "-") for column in report.columns.values())] for key in column]
+    for key in [*phases, *figures]:
+        table.append([key, *(column.get(key, "-") for column in report.columns.values())])
     report.add(TABLE, *("| " + " | ".join(row) + " |" for row in table))
 
 def compare_losses(report: Report, name: str) -> None:
+    """Of the two runs on text."""
     losses = [float(column["val_loss"]) for run, column in report.columns.items() if run.startswith("text/")]
     difference = losses[0] - losses[1]
     report.add(name, f"{difference:+.4f} nats a byte; at most {FP8_TOLERANCE} is expected")
@@ -121,15 +121,15 @@ def test_kernels(report: Report, name: str) -> None:
     output = run(report, name, ["-m", "pytest", *options, "tests/gpu/test_gpu.py", "tests/test_kernels.py"])
     report.add(name, output.strip().splitlines()[-1])
 
-def time_call(function) -> float:
+def time_call(function, *args) -> float:
     """ms of a call, the mean of 10. They are launched while the GPU sleeps: in a step, too, it is behind."""
     for _ in range(3):
-        function()
+        function(*args)
     if torch.cuda.is_initialized():
         torch.cuda._sleep(50_000_000)  # cycles, about 30 ms
     begun = take_time()
     for _ in range(10):
-        function()
+        function(*args)
     ended = take_time()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -137,25 +137,26 @@ def time_call(function) -> float:
 
 def time_operations(report: Report, name: str, s: train_gpt.Settings, device: str) -> None:
     """Newton-Schulz on the matrices of one rank of 8; the head's weight gradient in two orders."""
+    lines = []
+
+    def measure(operation, function, *args):
+        lines.append(f"- {operation}: {time_call(function, *args):.3f} ms")
+        report.add(name, *lines)
+
     with torch.device("meta"):
         model = train_gpt.GPT(s, train_gpt.Kernels(), 8)
-    kinds, operations, lines = dict(plain=train_gpt.XXT), {}, []
-    if device == "cuda":
-        kinds["symmetric"] = train_gpt.symmetric_XXT
     for bank in ("attn_bank", "mlp_bank"):
         G = torch.randn(getattr(model, bank).chunk(8)[0].shape, device=device)
-        for kind, XXT in kinds.items():
-            operation = f"Newton-Schulz, {bank}, {kind} products"
-            operations[operation] = partial(train_gpt.newton_schulz, G, s.torch_dtype, XXT)
+        case = train_gpt.newton_schulz, G, s.torch_dtype
+        measure(f"Newton-Schulz, {bank}, plain products", *case)
+        if device == "cuda":
+            measure(f"Newton-Schulz, {bank}, symmetric products", *case, train_gpt.symmetric_XXT)
     tokens, one = s.batch_tokens // s.microbatches, torch.ones((), device=device)
     x8_t = torch.randn(s.model_dim, tokens, device=device).to(torch.float8_e4m3fn)
     grads_t = torch.randn(s.padded_vocab, tokens, device=device).to(torch.float8_e5m2)
     product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    operations["head's weight gradient, (x.T @ grads).T"] = lambda: product(x8_t, grads_t.mT).T.contiguous()
-    operations["head's weight gradient, grads.T @ x"] = lambda: product(grads_t, x8_t.mT)
-    for operation, function in operations.items():
-        lines.append(f"- {operation}: {time_call(function):.3f} ms")
-        report.add(name, *lines)
+    measure("head's weight gradient, (x.T @ grads).T", lambda: product(x8_t, grads_t.mT).T.contiguous())
+    measure("head's weight gradient, grads.T @ x", product, grads_t, x8_t.mT)
 
 def write_synthetic_shard(path: Path, num_tokens: int, vocab_size: int) -> None:
     """A shard of random documents of about 500 tokens; the last id opens each. As in text, some ids are far
@@ -175,10 +176,10 @@ def prove(report: Report, processes: int, small: bool, data: Path) -> None:
     write_synthetic_shard(shard, 12_000_000, s.vocab_size)
     shapes = dict(TRAIN_FILES=shard, VAL_FILES=shard, BOS_ID=s.vocab_size - 1, NUM_ITERATIONS=20,
                   WARMUP_STEPS=6, VAL_TOKENS=2_097_152) | sizes
-    # one of the windows and the microbatch of `shapes`: its compiled graph can be used again
+    # a microbatch and a window of `shapes`, so that its compiled graph can be used again
     text = dict(TRAIN_FILES=demo["train_files"], VAL_FILES=demo["val_files"], DATA_PATH=data, BOS_ID=256,
-                EPOCHS=4, BATCH_TOKENS=49_152, MICROBATCHES=1, NUM_ITERATIONS=60, WINDOW_SCHEDULE="7",
-                WARMUP_STEPS=2, VAL_TOKENS=262_144) | sizes
+                BATCH_TOKENS=49_152, MICROBATCHES=1, NUM_ITERATIONS=60, WINDOW_SCHEDULE="7", WARMUP_STEPS=2,
+                VAL_TOKENS=262_144) | sizes
     plain = shapes | dict(NUM_ITERATIONS=10, WINDOW_SCHEDULE="7", WARMUP_STEPS=2, FP8_HEAD=0)
     report.part("shapes/fast", train, processes, **shapes)
     if not small:
