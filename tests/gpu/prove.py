@@ -97,7 +97,7 @@ def train(report: Report, name: str, processes: int, *options: str, **settings) 
     report.add(name, *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
     for warning in re.findall(".*WARNING: plain PyTorch.*|WARNING, on the clock.*", lines):
         report.problems.append(f"FAILED: {name}: {warning}")
-    # of each there are many in a log: the dict keeps the last, which is the final one
+    # each stands in many lines; the dict keeps the last
     figures = dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))
     for window, phases in json.loads(re.search("^phases: (.*)$", lines, re.MULTILINE)[1]).items():
         phases["sum"] = sum(phases.values())
@@ -109,8 +109,9 @@ def train(report: Report, name: str, processes: int, *options: str, **settings) 
 
 def compare_losses(report: Report, name: str) -> None:
     """Of the two runs on text."""
-    losses = [float(column["val_loss"]) for run, column in report.columns.items() if run.startswith("text/")]
-    difference = losses[0] - losses[1]
+    text = [column for run, column in report.columns.items() if run.startswith("text/")]
+    float8, bfloat16 = (float(column["val_loss"]) for column in text)
+    difference = float8 - bfloat16
     report.add(name, f"{difference:+.4f} nats a byte; at most {FP8_TOLERANCE} is expected")
     if abs(difference) > FP8_TOLERANCE:
         raise ValueError(report.sections[name])
