@@ -151,10 +151,11 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for name, gm in zip(("forward", "backward"), graphs):
         kernels, kinds = plan_kernels(gm, mode), Counter()
-        moved, pointwise, by_inductor = (sum(sizes) / 1e9 for sizes in zip(
-            *((x.moved, x.moved * x.pointwise, x.by_inductor) for x in kernels)))
-        figures = f"{len(kernels)} | {moved:.1f} | {pointwise:.2f} | {by_inductor:.1f}"
-        print(f"| {name} | {figures} | {kept / 1e9:.1f} |" if gm is graphs[0] else f"| {name} | {figures} | |")
+        moved = sum(x.moved for x in kernels) / 1e9
+        pointwise = sum(x.moved for x in kernels if x.pointwise) / 1e9
+        by_inductor = sum(x.by_inductor for x in kernels) / 1e9
+        print(f"| {name} | {len(kernels)} | {moved:.1f} | {pointwise:.1f} | {by_inductor:.1f} |",
+              f"{kept / 1e9:.1f} |" if name == "forward" else "|")
         for kernel in kernels:
             kinds[kernel.operations] += kernel.moved / 1e9
         for operations, size in kinds.most_common(20 * args.kinds):
