@@ -2,19 +2,20 @@
 Train a GPT-2-sized model on FineWeb to a validation loss of 3.28, in the least wall-clock time on 8 H100s.
 
     ./run.sh                      # picks preset, device and processes for this machine
-    NUM_ITERATIONS=200 ./run.sh   # any setting, from the environment; --help lists them, --dry-run checks
+    NUM_ITERATIONS=200 ./run.sh   # any setting is an environment variable; --help lists them
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # the race: 8 H100 GPUs of one node
 
 The race: 1705 steps of 393,216 tokens; the mean cross-entropy over the first 10,485,760 tokens of the
-validation shard must be at most 3.28 nats. Compilation, warm-up and validation are not timed. It starts from
-record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); who had which idea is said where
-it is used. Without a GPU, PRESET=demo runs the same race in small: the same twelve blocks, 128 wide, on the
-source code of Python's standard library, with later ideas that have won there; PRESET=frontier is the race
-with those ideas. Measured: the demo only (records/); no GPU has run this version yet.
+validation shard must be at most 3.28 nats. Compilation, warm-up and validation are not timed. The code
+starts from record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); each idea's authors
+are named where it is used. Without a GPU, PRESET=demo runs a small version of the race: the same twelve
+blocks, 128 wide, on the source code of Python's standard library, with later ideas that made it faster.
+PRESET=frontier is the race with those ideas. Only the demo has been measured (records/); no GPU has run this
+version yet.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
-vocabulary, N bands of W tokens (plain attention). A microbatch is one packed sequence: documents or their
-beginnings, end to end; cu_seqlens holds where each begins.
+vocabulary, N bands of W tokens (plain attention), S document starts. A microbatch is one packed sequence:
+whole or cut documents, one after the other; cu_seqlens holds where each begins.
 """
 
 import argparse
@@ -63,27 +64,27 @@ HERE = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """A mistake that the user can correct: printed as one sentence for each problem, without a traceback.
-    exit_code: 2 for settings, 1 for everything else. rank: set if only this rank has found the error."""
+    exit_code: 2 for settings, 1 for everything else. rank: the rank to name, if only one found the error."""
     def __init__(self, *problems: str, exit_code: int = 1, rank: int | None = None):
         super().__init__("\n".join(problems))
         self.exit_code, self.rank = exit_code, rank
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings; the defaults are the speedrun's. NAME in the environment overrides `name`."""
+    """All settings; the defaults are the speedrun's. The environment variable NAME sets field `name`."""
 
     # where it runs
     device: str = "auto"  # auto, cuda or cpu; auto takes CUDA if there is a GPU
-    nproc: int = 0  # [processes] for run.sh to start; 0: one for each GPU, or as many as can share the batch
+    nproc: int = 0  # [processes] for run.sh to start; 0: one per GPU, or fewer if they cannot share the batch
     dtype: str = "bfloat16"  # bfloat16 or float32: activations, embedding tables, Newton-Schulz
     fp8_head: bool = True  # [0 or 1] train the head in float8 if the GPU can and DTYPE is bfloat16
     torch_compile: bool = True  # [0 or 1] compile the blocks with torch.compile (needs a C++ compiler)
-    seed: int = 0  # of the initial weights
-    data_path: str = ""  # [folder] where the next two patterns start; empty: beside train_gpt.py
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, by name
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, by name
+    seed: int = 0  # seed of the initial weights
+    data_path: str = ""  # [folder] in which the next two patterns start; empty: the script's
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, in name order
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, likewise
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; two stay; 0: never
+    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; keep two; 0: never
     resume: str = ""  # checkpoint to continue from; auto: the newest of this race in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
@@ -92,55 +93,55 @@ class Settings:
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
-    sample_tokens: int = 0  # [tokens] that a model of bytes writes after an unseen text when its run ends
+    sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
     # a training step's batch
-    batch_tokens: int = 393_216  # [tokens] of a step, over all ranks
-    microbatches: int = 8  # packed sequences of a step, over all ranks; more need less GPU memory
-    max_seq_len: int = 2048  # [tokens] longest piece taken of one document; the rest is dropped
-    epochs: int = 1  # [passes] most passes over the training shards
+    batch_tokens: int = 393_216  # [tokens] per step, over all ranks
+    microbatches: int = 8  # packed sequences per step, over all ranks; raise it to save GPU memory
+    max_seq_len: int = 2048  # [tokens] most tokens used of one document; the rest is dropped
+    epochs: int = 1  # [passes] maximum number of passes over the training shards
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
     bos_id: int = 50_256  # [id] of the token that opens every document
-    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # a word a block: A attention, M MLP; A+M: side by side
-    value_embeds: str = "012......012"  # a character a block: the number of its value embedding, or a dot
-    window_pattern: str = "LSSSLSSLSSSL"  # a character a block: L long attention window, S short
-    window_schedule: str = "3,7,11"  # [WINDOW_BLOCK] long windows, for a share of the run each; short: half
+    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # one word per block: A attention, M MLP; A+M: parallel
+    value_embeds: str = "012......012"  # one character per block: the number of its value embedding, or a dot
+    window_pattern: str = "LSSSLSSLSSSL"  # one character per block: L long attention window, S short
+    window_schedule: str = "3,7,11"  # [WINDOW_BLOCK] long windows, each for an equal part; short: half
     window_block: int = 128  # [tokens] unit of WINDOW_SCHEDULE
     model_dim: int = 768  # [channels] D
     num_heads: int = 6  # [heads] H
     mlp_dim: int = 3072  # [channels] of an MLP's hidden layer
-    attn_scale: float = 0.12  # factor of q.k before the softmax
-    gate_channels: int = 12  # [channels] of a block's input that gate its attention heads; 0: no gate
-    ngram_rows: int = 0  # [rows] of a table for hashes of the last tokens, added to the embedding; 0: none
-    ngram_dim: int = 64  # [channels] of such a row
-    ngram_max: int = 2  # [tokens] of the longest n-gram; there is a hash of the last 2, 3, ... tokens
-    key_offset: bool = False  # [0 or 1] long windows: key channels that do not rotate are of the token before
-    equal_qk_start: bool = False  # [0 or 1] queries and keys start equal in the channels that do not rotate
+    attn_scale: float = 0.12  # factor of q.k in the softmax
+    gate_channels: int = 12  # [channels] of a block's input that its attention gates read; 0: no gates
+    ngram_rows: int = 0  # [rows] of the n-gram table, found by a hash of the last tokens; 0: no table
+    ngram_dim: int = 64  # [channels] of the n-gram table, added to the embedding's first channels
+    ngram_max: int = 2  # [tokens] of the longest n-gram; the last 2, 3, ... tokens have a row each
+    key_offset: bool = False  # [0 or 1] long windows: keys' non-rotary channels are of the token before
+    equal_qk_start: bool = False  # [0 or 1] initialise queries and keys as equal in the non-rotary channels
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
     muon_momentum_end: float = 0.95  # Muon's momentum after MUON_MOMENTUM_STEPS
     muon_momentum_steps: int = 300  # [steps] of a linear change from the first to the second
-    adam_lr: float = 0.008  # Adam's learning rate, for all else, before the multiples below
+    adam_lr: float = 0.008  # Adam's learning rate, for all other parameters, before the multiples below
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
-    embed_lr_mult: float = 75.0  # [x ADAM_LR] for the embedding and the value embeddings
+    embed_lr_mult: float = 75.0  # [x ADAM_LR] for the embedding, the value embeddings and the n-gram table
     head_lr_mult: float = 1.0  # [x ADAM_LR] for the head
     scalar_lr_mult: float = 5.0  # [x ADAM_LR] for the blocks' scalars
     cooldown_frac: float = 0.45  # [of the run] last part, in which the learning rates fall linearly
-    final_lr_frac: float = 0.1  # [of the rate] what the learning rates fall to
+    final_lr_frac: float = 0.1  # [of the learning rate] where the fall ends
 
     padded_vocab = property(lambda s: round_up(s.vocab_size, s.vocab_multiple))  # V: rows of tables and head
     torch_dtype = property(lambda s: getattr(torch, s.dtype))
 
     def num_microbatches(self, world_size: int) -> int:
-        """Packed sequences of a step; if there are more ranks, each takes one shorter sequence."""
+        """Microbatches per step: MICROBATCHES, or one per rank if there are more ranks."""
         return max(self.microbatches, world_size)
 
 # The demo: the same blocks, narrow, on the standard library of the Python that runs this. Bytes are the ids
-# 0-255, and 256 is BOS. The folder bears Python's version, since other versions have other texts.
+# 0-255, and 256 is BOS. The folder's name has Python's version, since other versions have other texts.
 DEMO_DATA = f"data/stdlib-{platform.python_version()}"
 PRESETS = {
     "speedrun": {},
@@ -174,30 +175,30 @@ def round_up(n: int, multiple: int) -> int:
 
 class Block(NamedTuple):
     """One block of the network."""
-    stages: list[str]  # in order: "A", "M", or parts that read one input side by side, such as "A+M"
-    table: int | None  # number of its value embedding
+    sublayers: list[str]  # in order: "A", "M", or parallel parts with one input, such as "A+M"
+    value_embed: int | None  # number of its value embedding
     long_window: bool
 
 def parse_layout(s: Settings) -> list[Block]:
     """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120)."""
     blocks = []
-    for word, table, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
-        stages = re.findall(r"[AM](?:\+[AM])*", word)
-        blocks.append(Block(stages, None if table == "." else int(table), window == "L"))
+    for word, value_embed, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
+        sublayers = re.findall(r"[AM](?:\+[AM])*", word)
+        blocks.append(Block(sublayers, None if value_embed == "." else int(value_embed), window == "L"))
     return blocks
 
 def world_size_problem(s: Settings, world_size: int) -> str:
-    """Why so many ranks cannot share a step, or ''."""
-    parts = s.num_microbatches(world_size)
-    if parts % world_size == s.batch_tokens % (16 * parts) == s.padded_vocab % world_size == 0:
+    """Why `world_size` ranks cannot share a step, or ''."""
+    count = s.num_microbatches(world_size)
+    if count % world_size == s.batch_tokens % (16 * count) == s.padded_vocab % world_size == 0:
         return ""
-    return (f"NPROC: expected ranks that share {parts} microbatches (equal multiples of 16 of BATCH_TOKENS="
+    return (f"NPROC: expected ranks that share {count} microbatches (equal multiples of 16 of BATCH_TOKENS="
             f"{s.batch_tokens}) and a padded vocabulary of {s.padded_vocab} ids equally, found {world_size}.")
 
 def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
     words = s.layout.split()
-    stages = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
+    long_windows = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
     no_attn = [i for i, word in enumerate(words) if "A" not in word and s.value_embeds[i:i + 1].isdecimal()]
     word, each = r"[AM](\+?[AM])*", f"for each of the {len(words)} words of LAYOUT"
     rows = [  # (setting, whether it fits, what is expected)
@@ -208,21 +209,24 @@ def find_contradictions(s: Settings) -> list[str]:
         ("value_embeds", re.fullmatch(f"[0-9.]{{{len(words)}}}", s.value_embeds), f"a digit or a dot {each}"),
         ("value_embeds", not no_attn, f"a dot for the blocks without attention, {no_attn}"),
         ("window_pattern", re.fullmatch(f"[LS]{{{len(words)}}}", s.window_pattern), f"L or S {each}"),
-        ("window_schedule", min(stages) >= 2, "whole numbers of at least 2, separated by commas"),
+        ("window_schedule", min(long_windows) >= 2, "whole numbers of at least 2, separated by commas"),
         ("bos_id", s.bos_id < s.vocab_size, f"an id below VOCAB_SIZE={s.vocab_size}"),
+        ("batch_tokens", s.batch_tokens % (16 * s.microbatches) == 0,
+         f"a multiple of 16 x MICROBATCHES = {16 * s.microbatches}"),
         ("val_tokens", s.val_tokens % s.val_slice_tokens == 0,
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("adam_eps", s.adam_eps > 0, "a number above 0"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
         *((name, getattr(s, name) < 1, "a number below 1")
           for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
     ]
     found = [f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}."
              for name, fits, expected in rows if not fits]
-    return found + [problem for problem in [world_size_problem(s, s.nproc or 1)] if problem]
+    return found + [problem for problem in [s.nproc and world_size_problem(s, s.nproc)] if problem]
 
 def read_settings(environ) -> tuple[Settings, list[str], str]:
     """The settings, the names of those that the environment sets, and a line on the choice of the preset.
@@ -261,19 +265,19 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
 def choose_preset(environ) -> tuple[str, str]:
     """The preset's name, and a line that says why and how to get the other."""
     if "PRESET" in environ:
-        return environ["PRESET"], f"preset: {environ['PRESET']}, as PRESET says"
+        return environ["PRESET"], f"preset: {environ['PRESET']}, set by PRESET"
     root = Path(environ.get("DATA_PATH") or HERE)
     shards = find_files(root, environ.get("TRAIN_FILES", Settings.train_files))
     missing = ["no CUDA GPU"] * (not torch.cuda.is_available()) + ["no FineWeb shards"] * (not shards)
     if not missing:
-        return "speedrun", "preset: speedrun (a CUDA GPU and FineWeb shards are here); the other: PRESET=demo"
-    return "demo", (f"preset: demo ({' and '.join(missing)} here); the other: PRESET=speedrun, after "
-                    "python data/cached_fineweb10B.py")
+        return "speedrun", "preset: speedrun (a CUDA GPU and FineWeb shards are here); else set PRESET=demo"
+    return "demo", (f"preset: demo ({' and '.join(missing)} here); else set PRESET=speedrun"
+                    + ", after python data/cached_fineweb10B.py" * (not shards))
 
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
-HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of the newest token of an n-gram, the one before it, ...
+HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, float32 (T, 1, K // 2) each.
@@ -285,7 +289,7 @@ def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021); x: (T, H, K) in float32, pairs across K's halves."""
+    """Rotary position embedding (Su et al., 2021); x: (T, H, K), float32; channel j pairs with j + K // 2."""
     y = (x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)).flatten(-2)
     (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     y_a.addcmul_(b, sin)
@@ -293,7 +297,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 class Norm(torch.autograd.Function):
-    """RMS norm without a gain, of x or of x rotated, in float32. Keeps its result for the backward pass."""
+    """RMS norm without a gain, in float32, of x or of x rotated. For the backward pass, keep the result."""
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
         x32 = x.float() if cos is None else apply_rotary(x.float(), cos, sin)
@@ -305,14 +309,15 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (y, scale, cos, sin), grad = ctx.saved_tensors, grad.float()
-        along = (grad * y).mean(-1, keepdim=True)  # x's length has no effect: take out the part along y
+        along = (grad * y).mean(-1, keepdim=True)  # x's length has no effect: no gradient along y
         x_grad = torch.addcmul(grad, along, y.float(), value=-1).mul_(scale)
         return (x_grad if cos is None else apply_rotary(x_grad, cos, -sin)).type_as(y), None, None
 
 def offset_keys(k: Tensor) -> Tensor:
-    """Keys (T, H, K) whose channels that do not rotate are those of the token before: a query can find what
-    followed its own token earlier in the text, in one layer (record 49 of modded-nanogpt)."""
-    rotating, standing = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # of both halves of K, (T, H, 2, K // 4)
+    """Keys (T, H, K) that take their non-rotary channels from the token before, so that a query can find what
+    followed its own token earlier in the text, in one layer (record 49 of modded-nanogpt). Documents' borders
+    are ignored here."""
+    rotating, standing = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # of both halves of K: (T, H, 2, K // 4)
     return torch.stack((rotating, torch.cat((standing[:1], standing[:-1]))), dim=-2).flatten(-3)
 
 def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: int, dtype: torch.dtype):
@@ -332,7 +337,7 @@ def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: in
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + mask) v of a packed sequence. q, k, v and the result: (T, H, K)."""
     num_tokens, num_bands, band = len(q), mask.size(0), mask.size(2)
-    padding = (0, 0, 0, 0, band, num_bands * band - num_tokens)  # the zeros before band 0 are hidden
+    padding = (0, 0, 0, 0, band, num_bands * band - num_tokens)  # the mask hides it
     q, k, v = (F.pad(x, padding).unflatten(0, (-1, band)) for x in (q, k, v))
     k, v = (torch.cat((x[:-1], x[1:]), dim=1) for x in (k, v))  # -> (N, 2W, H, K)
     y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[1:], k, v)), mask, scale=scale)
@@ -354,7 +359,7 @@ class GatedQKV(torch.autograd.Function):
         return x_grad, qkv_grad.mT @ x, gate_grad.mT @ x[:, :gate.size(1)]
 
 class ReluSquared(torch.autograd.Function):
-    """relu(x)^2 (So et al., 2021). Keeps only its result, of which the backward pass takes the root."""
+    """relu(x)^2 (So et al., 2021). Keeps only its result, whose root is relu(x), for the backward pass."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         y = x.relu().square_()
@@ -382,9 +387,8 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, kernels: "Kernels", world_size: int = 1):
         super().__init__()
         self.settings, self.kernels, self.blocks = s, kernels, parse_layout(s)
-        parts = "".join("".join(block.stages) for block in self.blocks)
-        self.num_attn, self.num_mlp, self.num_rows = parts.count("A"), parts.count("M"), {}
-        dim, num_tables = s.model_dim, max(-1 if b.table is None else b.table for b in self.blocks) + 1
+        self.num_attn, self.num_mlp, self.num_rows = s.layout.count("A"), s.layout.count("M"), {}
+        dim, num_tables = s.model_dim, max(map(int, re.findall(r"\d", s.value_embeds)), default=-1) + 1
 
         def parameter(name: str, num_rows: int, *row: int, dtype=torch.float32):
             self.num_rows[name] = num_rows
@@ -427,16 +431,16 @@ class GPT(nn.Module):
         scalars = self.scalars.flatten().unbind()
         num_blocks, outputs = len(self.blocks), []
         for i, block in enumerate(self.blocks):
-            # skip_weight: U-net skips (@brendanh0gan); lambdas: the embedding again (@KoszarskyB)
+            # skip_weight: U-net skips (@brendanh0gan); lambdas: mix the embedding back in (@KoszarskyB)
             skip_weight, lambda_x, lambda_x0, *sa_lambdas = scalars[5 * i:5 * i + 5]
             if i >= num_blocks - num_blocks // 2:
                 x = x + skip_weight * outputs.pop()
             x = lambda_x * x + lambda_x0 * x0
-            ve = None if block.table is None else value_embeds[block.table]
+            ve = None if block.value_embed is None else value_embeds[block.value_embed]
             args = attn_args[windows[0] if block.long_window else windows[1]]
-            for stage in block.stages:
+            for sublayer in block.sublayers:
                 x_in = Norm.apply(x)
-                for part in stage.split("+"):
+                for part in sublayer.split("+"):
                     if part == "A":
                         x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args,
                                                offset=s.key_offset and block.long_window)
@@ -457,7 +461,7 @@ class GPT(nn.Module):
         if offset:
             k = offset_keys(k)
         if ve is None:
-            w_o = sa_lambdas[0] * w_o  # as if v were multiplied, which has far more elements
+            w_o = sa_lambdas[0] * w_o  # the same as a factor of v, which has far more elements
         else:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
             v = sa_lambdas[0] * v + sa_lambdas[1] * ve.view_as(v)
         y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
@@ -467,15 +471,15 @@ class GPT(nn.Module):
 
     def look_up_embed(self, inputs: Tensor) -> Tensor:
         """The embedding, (T, D), and in its first channels the sum of the rows for the last 2, 3, ... tokens.
-        (Bigrams: record 62 of modded-nanogpt, which adds them before every block. Longer n-grams stand for
-        the words that bytes are not. Their hashes share one table, and documents' borders are ignored.)"""
+        (Bigrams: record 62 of modded-nanogpt, which adds them before every block. In the demo, whose tokens
+        are bytes, longer n-grams play the part of words. Documents' borders are ignored.)"""
         x = F.embedding(inputs, self.embed)
         if self.ngrams is None:
             return x
         ids, hashes = inputs.long(), []
         total = HASH_FACTORS[0] * ids
         for back in range(1, self.settings.ngram_max):
-            total = total ^ HASH_FACTORS[back] * F.pad(ids[:-back], (back, 0))
+            total = total ^ HASH_FACTORS[back] * F.pad(ids, (back, 0))[:len(ids)]
             hashes.append(total % self.num_rows["ngrams"])
         rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
         return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
@@ -503,7 +507,7 @@ def init_weights(model: GPT, seed: int) -> None:
             if model.settings.equal_qk_start:  # a query finds its own token before anything is learned
                 w = values.unflatten(0, (-1, 4)).unflatten(2, (model.settings.num_heads, 2, 2, -1))
                 w[:, 1, :, :, 1] = w[:, 0, :, :, 1]
-        elif name == "mlp_bank":  # up; down starts at zero
+        elif name == "mlp_bank":  # c_fc; c_proj starts at zero
             values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
         elif name == "scalars":  # skip weight, lambdas of x and x0, lambdas of v and its embedding
             values[:] = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5])
@@ -514,19 +518,18 @@ def init_weights(model: GPT, seed: int) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: Muon for the blocks' matrices, Adam for the rest, both sharded over the ranks
 #
-# A rank owns an equal run of each parameter's rows, and keeps optimizer state for those alone. A step:
+# A rank owns an equal slice of each parameter's rows, and keeps optimizer state for it alone. A step:
 #   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient;
-#   2. step: it updates its rows of each parameter, as soon as their gradient is there;
-#   3. all_gather: the updated rows travel back, so that all ranks hold the same parameters, bit for bit.
+#   2. step: it updates its rows of each parameter, as soon as their gradient has arrived;
+#   3. all_gather: the updated rows are gathered, so that all ranks hold the same parameters, bit for bit.
 
 # PyTorch 2.13 renamed both collectives, and warns about the old names, which are all that 2.11 has.
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0, out: Tensor | None = None) -> Tensor:
-    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices, in `out` if given. X: (n, rows, cols)."""
-    return (torch.bmm(X, X.mT, out=out) if base is None else
-            torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha, out=out))
+def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols)."""
+    return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
 
 def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
     """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
@@ -535,11 +538,10 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    A = B = spare = None  # their memory is used again, since new memory is slow on a CPU
     for _ in range(5):
-        A = XXT(X, out=A)
-        B = XXT(A, base=A, alpha=c, beta=b, out=B)
-        X, spare = torch.baddbmm(X, B, X, beta=a, out=spare), X
+        A = XXT(X)
+        B = XXT(A, base=A, alpha=c, beta=b)
+        X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
 @dataclass
@@ -551,10 +553,10 @@ class ShardedParam:
     p_slice: Tensor  # this rank's rows of the parameter
     state: dict[str, Tensor]  # of the shape and dtype of p_slice
     grad_slice: Tensor | None = None  # the summed gradient of p_slice
-    handle: dist.Work | None = None  # the collective under way
+    handle: dist.Work | None = None  # the collective in progress
 
 class ShardedOptimizer:
-    """The three phases; a subclass names its state and updates a slice."""
+    """The three phases; a subclass defines the state and the update of a slice."""
     state_names: tuple[str, ...] = ()
 
     def __init__(self, params: dict[str, tuple[nn.Parameter, float]], rank: int, world_size: int, lr: float):
@@ -576,11 +578,11 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, step: int) -> list[Tensor]:
-        """Phase 2, and phase 3 started. step counts from 1. Returns whether each gradient is not finite."""
+        """Phase 2; starts phase 3. step counts from 1. Returns a flag per parameter: gradient not finite."""
         flags = []
         for sp in self.sharded_params:
             self.wait(sp)
-            flags.append(~sp.grad_slice.sum().isfinite())  # a maximum is slower on a CPU
+            flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
             self.update(sp, self.lr * sp.lr_mult * lr_scale, momentum, step)
             sp.grad_slice = None
             if self.world_size > 1:
@@ -588,7 +590,7 @@ class ShardedOptimizer:
         return flags
 
     def all_gather(self) -> None:
-        """The end of phase 3: the parameters may be read."""
+        """Phase 3 ends: the parameters may be read."""
         for sp in self.sharded_params:
             self.wait(sp)
 
@@ -613,7 +615,7 @@ class Muon(ShardedOptimizer):
 
 class DistAdam(ShardedOptimizer):
     """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
-    stored. State has the parameter's dtype. eps joins the root of the uncorrected second moment."""
+    stored. State has the parameter's dtype. eps is added to the root of the uncorrected second moment."""
     state_names = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float):
@@ -647,9 +649,9 @@ def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list
             DistAdam(groups["adam"], rank, world_size, s.adam_lr, betas, s.adam_eps)]
 
 # ----------------------------------------------------------------------------------------------------------
-# Fast kernels for GPUs: each does what its plain version does, and is taken only if it agrees with it
+# Fast kernels for GPUs: each is used only if its results agree with its plain version's
 #
-# Softcapped logits lie between 0 and 30, so their exponentials can be summed in float32 without a shift. With
+# Softcapped logits lie between 0 and 30, so float32 can sum their exponentials as they are. With
 # s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s). Divisions are slow on a GPU: 1 / u is rsqrt(u)^2.
 
 EXP, RATE = 30 / math.log(2), -1 / (7.5 * math.log(2))
@@ -708,7 +710,7 @@ def tile_grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.size(0), TILE["ROWS"]), triton.cdiv(x.size(1), TILE["COLUMNS"])
 
 def empty_pair(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous room for something of x's shape, and for its transpose."""
+    """Empty tensors of x's shape and of its transpose's."""
     return [torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.mT.shape)]
 
 def cast_fp8(x: Tensor, scale: float) -> list[Tensor]:
@@ -749,7 +751,7 @@ class Float8HeadLoss(torch.autograd.Function):
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
         w_grad = torch._scaled_mm(x8_t, grads_t.mT, x_scale, grad_scale, out_dtype=torch.float32)
-        return x_grad, w_grad.T, None  # record 30 found this order of the product the faster one
+        return x_grad, w_grad.T, None  # record 30 measured this order of the product as faster
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
@@ -783,11 +785,11 @@ def XXT_kernel(x, base, out, rows, cols, alpha, beta, ADD: tl.constexpr, BLOCK: 
         if i > j:
             tl.store(out + row_j[:, None] * rows + row_i[None, :], tl.trans(result), mask=tl.trans(inside))
 
-def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0, out: Tensor | None = None):
+def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
     """What XXT gives, by half of the tiles and their mirror images (@byronxu99, PR 109)."""
     X = X.contiguous()
     count, rows, cols = X.shape
-    out = X.new_empty(count, rows, rows) if out is None else out
+    out = X.new_empty(count, rows, rows)
     XXT_kernel[lambda tile: (triton.cdiv(rows, tile["BLOCK"]), triton.cdiv(rows, tile["BLOCK"]), count)](
         X, out if base is None else base, out, rows, cols, alpha, beta, ADD=base is not None)
     return out
@@ -835,7 +837,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
         try:
             torch.nn.attention.activate_flash_attention_impl("FA3")
             attention = "FlashAttention 3"
-        except Exception as error:  # whatever it is, version 2 does the work
+        except Exception as error:  # whatever fails, use version 2
             attention += (f" (WARNING: version 3 is faster on this GPU; python -m pip install flash-attn-3 "
                           f"--index-url https://download.pytorch.org/whl/cu130, or cu126; found {error!r})")
     fp8 = (s.fp8_head and s.dtype == "bfloat16" and capability >= (8, 9)
@@ -851,7 +853,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
         try:
             pairs = zip(trial_run(Kernels(**functions), device, s), plain)
             error = torch.stack([(x - y.float()).norm() / y.float().norm() for x, y in pairs]).max()
-        except Exception as raised:  # whatever it is, the plain version does the work
+        except Exception as raised:  # whatever fails, use the plain version
             why = repr(raised)
         error = error.nan_to_num(math.inf)
         if dist.is_initialized():
@@ -872,7 +874,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 
 SHARD_KIND, HEADER_BYTES = [20240520, 1], 1024
 REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
-OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold"
+OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files"
 
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
@@ -901,12 +903,8 @@ class TokenShard:
 
     def document_starts(self) -> np.ndarray:
         """(documents,) int64: where each begins. Reads and checks every token."""
-        starts, chunk, self.checksum = [], 1 << 22, 0
-        for first in range(0, self.num_tokens, chunk):
-            tokens = self.read(first, min(first + chunk, self.num_tokens))
-            starts.append(first + np.flatnonzero(tokens == self.bos_id))
-            self.checksum = zlib.crc32(tokens, self.checksum)
-        starts = np.concatenate(starts)
+        tokens = self.read(0, self.num_tokens)
+        self.checksum, starts = zlib.crc32(tokens), np.flatnonzero(tokens == self.bos_id)
         self.expect(len(starts), f"documents that open with BOS_ID={self.bos_id}", "no such token", OTHER_IDS)
         return starts
 
@@ -929,12 +927,12 @@ class PackingPlan(NamedTuple):
     shards: list[TokenShard]
     shard: np.ndarray  # (documents,) int64: number of the shard that holds it
     start: np.ndarray  # (documents,) int64: its first token there
-    length: np.ndarray  # (documents,) int64: most tokens that are used of it
+    length: np.ndarray  # (documents,) int64: its tokens, at most MAX_SEQ_LEN
     first: np.ndarray  # (steps x microbatches + 1,) int64: the document that opens each microbatch
     summary: str
 
 def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -> PackingPlan:
-    """Pack the documents of the planned steps; reads shard after shard until the run is fed.
+    """Pack the documents of the planned steps; reads shard after shard until there are enough.
     A microbatch of T tokens takes T + 1, since targets are shifted by one: documents from their BOS, each cut
     at MAX_SEQ_LEN, the last where the microbatch is full. The rest of a cut document is dropped, and the next
     document opens the next microbatch (BOS alignment: @classiclarryd, @varunneal). Raises UserError."""
@@ -949,10 +947,10 @@ def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -
             documents.append(documents[n - len(shards)])
         shard, start, size = np.concatenate(documents, axis=1)
         length = np.minimum(size, s.max_seq_len)
-        end = np.cumsum(length)  # of each document, if they lay end to end
+        end = np.cumsum(length)  # of each document, if all were concatenated
         while len(first) <= needed:
             begin = end[first[-1] - 1] if first[-1] else 0
-            last = int(np.searchsorted(end, begin + room))  # the document in which the microbatch gets full
+            last = int(np.searchsorted(end, begin + room))  # the document that fills the microbatch
             if last == len(end):
                 break
             first.append(last + 1)
@@ -967,11 +965,11 @@ def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -
                         f"EPOCHS or add shards ({shards_needed} in all; python data/cached_fineweb10B.py N).")
     used, read = needed * room, int(size[:first[-1]].sum())
     summary = (f"data: {available}; the run reads {read:,} in {n // len(shards) + 1} passes, uses {used:,} "
-               f"({used / read:.1%}) and drops the rests of cut documents")
+               f"({used / read:.1%}) and drops the ends of cut documents")
     return PackingPlan(shards, shard, start, length, np.array(first), summary)
 
 def read_validation(s: Settings) -> np.ndarray:
-    """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for what is wrong."""
+    """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
     needed, parts = s.val_tokens + 1, []
     for shard in open_shards(s, "val_files"):
         parts.append(shard.read(0, min(needed - sum(map(len, parts)), shard.num_tokens)))
@@ -994,8 +992,8 @@ class Batch(NamedTuple):
         return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self[:3]), self.max_seqlen)
 
 def make_batch(tokens: np.ndarray, starts: np.ndarray, most_starts: int, max_seqlen: int) -> Batch:
-    """A batch from T + 1 tokens and where their documents begin. S is the next multiple of 128 at or above a
-    document every 300 tokens, or what most_starts needs."""
+    """A batch from T + 1 tokens and where their documents begin. S is T // 300, as in record 30, or what
+    most_starts needs, rounded up to a multiple of 128."""
     num_tokens = len(tokens) - 1
     cu_seqlens = np.full(round_up(max(num_tokens // 300, most_starts + 1), 128), num_tokens, dtype=np.int32)
     cu_seqlens[:len(starts)] = starts
@@ -1014,14 +1012,14 @@ class TrainLoader:
         self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
 
     def seek(self, step: int) -> None:
-        """Go on with the first batch of a step."""
+        """Continue at the first batch of a step."""
         for future in self.ahead:
             future.cancel()
         self.ahead.clear()
         self.next = step * self.num_microbatches + self.rank
 
     def next_batch(self) -> Batch:
-        """The next batch, on the device. Raises UserError if a shard no longer holds what it held."""
+        """The next batch, on the device. Raises UserError if a shard was cut while in use."""
         while len(self.ahead) < 5 and self.next < len(self.plan.first) - 1:
             self.ahead.append(self.thread.submit(self.assemble, self.next))
             self.next += self.world_size
@@ -1041,7 +1039,7 @@ class TrainLoader:
         return make_batch(np.concatenate(parts), starts, self.most_starts, self.max_seqlen)
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
-    """Yields (number, batch) for this rank's validation slices: every world_size-th, cut at fixed places."""
+    """Yields (number, batch) for this rank's validation slices: every world_size-th of VAL_SLICE_TOKENS."""
     cuts = np.arange(0, s.val_tokens + 1, s.val_slice_tokens)
     starts = np.union1d(cuts, np.flatnonzero(tokens[:-1] == s.bos_id))
     places = np.searchsorted(starts, cuts)
@@ -1067,9 +1065,9 @@ def muon_momentum(step: int, s: Settings) -> float:
 
 def attention_windows(step: int, s: Settings) -> tuple[int, int]:
     """(long, short) attention windows in tokens (long and short: @leloykun; growing: @varunneal)."""
-    stages = [int(x) for x in s.window_schedule.split(",")]
-    stage = stages[len(stages) * step // (s.num_iterations + 1)]
-    return stage * s.window_block, stage // 2 * s.window_block
+    long_windows = [int(x) for x in s.window_schedule.split(",")]
+    window = long_windows[len(long_windows) * step // (s.num_iterations + 1)]
+    return window * s.window_block, window // 2 * s.window_block
 
 # ----------------------------------------------------------------------------------------------------------
 # Run: processes and device, clock, log
@@ -1098,7 +1096,7 @@ def init_distributed(s: Settings) -> tuple[torch.device, str, int, int]:
         ensure_demo_data(s)
     if world_size > 1:  # waits for every rank, and so for the demo's data
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # torchrun's store outlives its restarts, and so do the addresses of dead ranks in it: use a prefix
+        # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                                 device_id=device if cuda else None)
@@ -1181,7 +1179,7 @@ class Log:
 #
 # An 8-byte length, a JSON header, raw bytes: the safetensors package reads it, and nothing in it can execute.
 # Tensors are whole (gathered from the ranks), so that other numbers of ranks can resume from it. The header's
-# metadata hold step, training seconds, what identifies the run, and a SHA-256 of all the rest.
+# metadata hold step, training seconds, what identifies the run, and a SHA-256 of everything else.
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "checkpoint_every", "resume", "sample_tokens"}
@@ -1220,7 +1218,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(data[8:begin].tobytes())
         expected = header["__metadata__"].pop("sha256")
         if checkpoint_hash(header, [data[begin:]]) != expected:
-            raise ValueError(f"other bytes than SHA-256 {expected} says")
+            raise ValueError(f"a SHA-256 other than {expected}")
         metadata = header.pop("__metadata__")
         for name, about in header.items():
             first, last = about["data_offsets"]
@@ -1239,7 +1237,7 @@ def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.nda
                        microbatches_of_a_step=s.num_microbatches(world_size))
 
 def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float, identity: dict) -> None:
-    """Write the run's state after `step` steps; the newest two stay. Called by all ranks; rank 0 writes."""
+    """Write the run's state after `step` steps; keep the newest two. Called by all ranks; rank 0 writes."""
     tensors = {name: p.data[:model.num_rows[name]] for name, p in model.named_parameters()}
     for sp in (sp for optimizer in optimizers for sp in optimizer.sharded_params):
         for key, x in sp.state.items():
@@ -1263,8 +1261,8 @@ def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float,
 
 @torch.no_grad()
 def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: dict) -> int:
-    """Put back the state that RESUME means; returns the number of steps done. Called by all ranks. auto takes
-    the newest whole checkpoint of this race, or starts anew if LOG_DIR has none. Raises UserError."""
+    """Load the checkpoint that RESUME names; returns the number of steps done. Called by all ranks. auto is
+    the newest whole one of this race, or a new start if LOG_DIR has no checkpoints. Raises UserError."""
     s, problem, paths = log.settings, None, [Path(log.settings.resume)]
     if s.resume == "auto":
         paths = sorted(Path(s.log_dir).glob("*/step_*.safetensors"), key=os.path.getmtime, reverse=True)
@@ -1279,7 +1277,7 @@ def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: di
             raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo "
                             "the change, or unset RESUME to start anew.")
         except UserError as error:
-            log.write(f"checkpoint: passed over: {error}")
+            log.write(f"checkpoint: skipped: {error}")
             problem = problem or error
     else:
         if problem:
@@ -1332,7 +1330,7 @@ def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale:
     return copy_to_host(status)
 
 def warm_up(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings) -> int:
-    """Untimed steps at every window size (and evaluations, if compiled), undone bit for bit."""
+    """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit."""
     if not s.warmup_steps:
         return 0
     states = [x for o in optimizers for sp in o.sharded_params for x in sp.state.values()]
@@ -1360,7 +1358,7 @@ def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_s
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     for number, batch in validation_batches(val_tokens, s, rank, world_size, device):
         losses[number] = model(*batch, windows) / s.val_slice_tokens
-    if world_size > 1:  # a slice's loss is a number on one rank and zero on the others, so the sum is exact
+    if world_size > 1:  # each slice's loss is on one rank and zero on the others, so the sum is exact
         dist.all_reduce(losses)
     return losses.double().mean().item()
 
@@ -1379,7 +1377,7 @@ def catch_signals() -> Callable[[], int]:
 
 def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings, log: Log,
           clock: Clock, identity: dict, first_step: int) -> int:
-    """The race: train and validate until the target or the last step, on a clock that validation stops.
+    """The race: train and validate until the target or the last step; the clock stops during validation.
     Returns the exit code. Raises UserError if the loss or a gradient is not finite."""
     rank, world_size, stop = loader.rank, loader.world_size, catch_signals()
     stopping, running = False, deque()
@@ -1391,8 +1389,8 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
         loss, stops, *flags = wait()
         spoiled = [name for name, flag in zip(names, [not math.isfinite(loss), *flags]) if flag]
         if spoiled:
-            raise UserError(f"step {step}: expected finite numbers, found others in {', '.join(spoiled)}; "
-                            "lower the learning rates, or go on from a checkpoint.")
+            raise UserError(f"step {step}: expected finite numbers, found inf or nan in {', '.join(spoiled)};"
+                            " lower the learning rates, or go on from a checkpoint.")
         log.step(step, loss, clock)
         return stops > 0
 
@@ -1446,7 +1444,7 @@ def ensure_demo_data(s: Settings) -> None:
             raise UserError(done.stderr.strip().split("\n")[-1])
 
 def describe_environment() -> list[str]:
-    """What, besides source and settings, it takes to run this again. No environment variable is shown."""
+    """Versions, hardware and git commit. No environment variable is shown."""
     versions = f"CUDA {torch.version.cuda}, Triton {getattr(triton, '__version__', 'none')}"
     lines = [f"Python {sys.version}", f"PyTorch {torch.__version__}, {versions}",
              f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"]
@@ -1462,16 +1460,16 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
     """Device, batch and parameter counts, a line each."""
     with torch.device("meta"):
         counts = {name: p.numel() for name, p in GPT(s, Kernels()).named_parameters()}
-    parts, groups = s.num_microbatches(world_size), " + ".join(f"{n:,} {name}" for name, n in counts.items())
+    count, groups = s.num_microbatches(world_size), " + ".join(f"{n:,} {name}" for name, n in counts.items())
     return [f"device: {device.type} ({why_device})",
-            f"batch: {world_size} ranks x {parts // world_size} microbatches x {s.batch_tokens // parts:,} "
+            f"batch: {world_size} ranks x {count // world_size} microbatches x {s.batch_tokens // count:,} "
             f"tokens = {s.batch_tokens:,} tokens/step",
             f"parameters: {sum(counts.values()):,} = {groups}"]
 
 def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
-    begun, source, line = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
+    begun, source, rule = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
     device, why_device, rank, world_size = init_distributed(s)
     if dry_run:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -1485,7 +1483,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         return 0
     log = Log(s, rank)
     try:
-        log.write(source, line, *describe_environment(), line, *settings, line, console=False)
+        log.write(source, rule, *describe_environment(), rule, *settings, rule, console=False)
         kernels, why_kernels = choose_kernels(device, s)
         log.write(*about, *why_kernels)
         model = GPT(s, kernels, world_size)
@@ -1504,13 +1502,13 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
         code = train(model, optimizers, loader, val_tokens, s, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
-            seen = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-            text = generate(model, attention_windows(s.num_iterations, s), seen, s.sample_tokens)
-            before, after = (bytes(x).decode(errors="replace") for x in (seen, text[len(seen):]))
+            prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
+            text = generate(model, attention_windows(s.num_iterations, s), prompt, s.sample_tokens)
+            before, after = (bytes(x).decode(errors="replace") for x in (prompt, text[len(prompt):]))
             log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
         if s.torch_compile:
             late = graphs["unique_graphs"] - compiled
-            log.write(f"{'WARNING, on the clock: ' * (late > 0)}compiled since the warm-up: {late} graphs")
+            log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: {late} graphs")
     except BaseException as error:
         log.write(f"ended by {type(error).__name__}: {error}", console=False)
         raise

@@ -279,7 +279,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(s, whol
     damage(newest)
     *said, last = choose(s)
     assert last == goes_on(newest.with_name("step_000003.safetensors")) and len(said) == lines
-    assert all(line.startswith(f"checkpoint: passed over: {newest}: expected a whole ") for line in said)
+    assert all(line.startswith(f"checkpoint: skipped: {newest}: expected a whole ") for line in said)
     with pytest.raises(UserError, match=f"^RESUME: {newest}: expected .*[^\n]*$") as error:
         choose(s, newest)
     assert error.value.exit_code == 2
@@ -413,7 +413,7 @@ def spoiled(what, rank):
 @pytest.mark.parametrize("what", ["the loss", "the gradient of mlp_bank"])
 def test_nan_on_one_rank_stops_all_is_named_once_and_spoils_no_checkpoint(s, what):
     said = ran(s, partial(spoiled, what), ranks=2, code=1)
-    expected = f"step 3: expected finite numbers, found others in {what}"
+    expected = f"step 3: expected finite numbers, found inf or nan in {what}"
     assert said.count(expected) == 1 and "Traceback" not in said
     assert f"\nended by UserError: {expected}" in last_lines(s.log_dir)
     assert names(s.log_dir) == ["step_000002", "step_000001"]

@@ -55,7 +55,7 @@ def test_a_wrong_shard_is_one_sentence_with_file_expected_found_and_remedy(data,
     path = write_shard(tmp_path / file, GOOD)
     path.write_bytes(spoil(path.read_bytes()))
     text, remedy = complaint(data).split("; ", 1)
-    foreign = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold."
+    foreign = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files."
     assert remedy == foreign if "VOCAB" in expected else remedy.startswith("delete it and make it again (")
     assert text.startswith(f"{path}: expected ")
     said_expected, said_found = text.split(": expected ", 1)[1].split(", found ")

@@ -138,7 +138,7 @@ def test_a_log_holds_source_environment_settings_and_lines_that_parse_but_no_sec
         f"\nPyTorch {torch.__version__}, CUDA ",
         ", Triton ",
         "\ngit rev-parse HEAD: ",
-        "\npreset: speedrun, as PRESET says\n",
+        "\npreset: speedrun, set by PRESET\n",
         "\nkernels: plain PyTorch (the device is a CPU)\n",
         "\nbatch: 1 ranks x 8 microbatches x 64 tokens = 512 tokens/step\n",
     ):
@@ -244,7 +244,8 @@ def sampled(small, tmp_path, monkeypatch, capfd):
     sample = importlib.import_module("sample")
 
     def sampled(*arguments, path=tmp_path / "step_000002.safetensors", **changes):
-        s = replace(small, vocab_size=257, bos_id=256, num_iterations=9, device="cuda")
+        s = replace(small, vocab_size=257, bos_id=256, num_iterations=9, device="cuda",
+                    ngram_rows=40, ngram_dim=8, ngram_max=5)
         model = fresh_model(s)
         torch.manual_seed(0)
         torch.nn.init.normal_(model.lm_head)
@@ -266,7 +267,8 @@ def test_a_sample_begins_with_its_prompt_and_is_that_of_its_seed(sampled):
     assert sampled("--prompt", "Größe: ", "--length", "0")[1] == "Größe: \n"
 
 
-def test_a_sample_has_the_windows_of_the_checkpoints_step(sampled, monkeypatch):
+def test_a_sample_without_a_prompt_has_the_windows_of_the_checkpoints_step(sampled, monkeypatch):
+    """Its n-grams are longer than the text at first."""
     real, steps = train_gpt.attention_windows, []
     monkeypatch.setattr(train_gpt, "attention_windows", lambda step, s: steps.append(step) or real(step, s))
     assert sampled("--length", "2")[0] == 0 and steps == [2]

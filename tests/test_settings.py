@@ -93,8 +93,8 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     words = len(layout.split())
     s = settings(LAYOUT=layout, VALUE_EMBEDS="0."[:words], WINDOW_PATTERN="SL"[:words])
     blocks = train_gpt.parse_layout(s)
-    assert [block.stages for block in blocks] == stages
-    assert [block.table for block in blocks] == [0, None][:words]
+    assert [block.sublayers for block in blocks] == stages
+    assert [block.value_embed for block in blocks] == [0, None][:words]
     assert [block.long_window for block in blocks] == [False, True][:words]
 
 
@@ -119,7 +119,8 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("WINDOW_PATTERN", "LLLLLLLLLLLX", "L or S for each of the 12 words of LAYOUT"),
     ("WINDOW_SCHEDULE", "3,1", "at least 2"),
     ("BOS_ID", "50257", "an id below VOCAB_SIZE=50257"),
-    ("BATCH_TOKENS", "1000", "share 8 microbatches (equal multiples of 16 of BATCH_TOKENS=1000)"),
+    ("BATCH_TOKENS", "1000", "a multiple of 16 x MICROBATCHES = 128"),
+    ("ADAM_EPS", "0", "a number above 0"),
     ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS=262144"),
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
@@ -165,7 +166,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
     wrong = dict(NUM_ITERATION=3, SEED="x", LAYOUT="B", MICROBATCHES=7)
     code, shown, said = run_main(PRESET="speedrun", LOG_DIR=tmp_path / "logs", **wrong)
     assert (code, shown) == (2, "") and not (tmp_path / "logs").exists()
-    expected = {"NUM_ITERATION", "SEED", "LAYOUT", "NPROC", "VALUE_EMBEDS", "WINDOW_PATTERN"}
+    expected = {"NUM_ITERATION", "SEED", "LAYOUT", "BATCH_TOKENS", "VALUE_EMBEDS", "WINDOW_PATTERN"}
     assert {line.split(":")[0] for line in said.splitlines()} == expected
 
 
@@ -203,7 +204,7 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     assert (code, said) == (0, "") and {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
 
     title, *lines, preset, device, batch, parameters, tokens = shown.splitlines()
-    assert preset == "preset: speedrun, as PRESET says" and device == "device: cpu (as DEVICE says)"
+    assert preset == "preset: speedrun, set by PRESET" and device == "device: cpu (as DEVICE says)"
     changed = {name.lower() for name in overrides(s)} - {"preset"}
     assert title == "settings:" and len(lines) == len(fields(Settings))
     for line, f in zip(lines, fields(Settings)):

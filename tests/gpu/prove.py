@@ -95,7 +95,7 @@ def train(report: Report, name: str, processes: int, *options: str, **settings) 
     log.parent.rmdir()
     lines = text.split("=" * 100 + "\n")[-1]  # without source, environment and settings
     report.add(name, *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
-    for warning in re.findall(".*WARNING: plain PyTorch.*|WARNING, on the clock.*", lines):
+    for warning in re.findall(".*WARNING: plain PyTorch.*|WARNING, while timed.*", lines):
         report.problems.append(f"FAILED: {name}: {warning}")
     # each stands in many lines; the dict keeps the last
     figures = dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))

@@ -60,7 +60,7 @@ def block_parts(model: train_gpt.GPT, s: train_gpt.Settings, tokens: int, docume
     products = 2 * tokens * weights / 1e12
     operands = 2 * (tokens * (num_attn * 6 * dim + num_mlp * 2 * (dim + s.mlp_dim)) + weights) / 1e9
     windows = {train_gpt.attention_windows(step, s) for step in range(s.num_iterations)}  # (long, short)
-    keys = sum("".join(block.stages).count("A") *
+    keys = sum("".join(block.sublayers).count("A") *
                fmean(visible_keys(w[not block.long_window], document) for w in windows) for block in blocks)
     attention, moved = 4 * tokens * dim * keys / 1e12, 2 * tokens * 4 * dim * num_attn / 1e9
     parts = []
