@@ -37,7 +37,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -544,28 +544,58 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
         X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
+class Muon(NamedTuple):
+    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
+    dtype: torch.dtype  # of Newton-Schulz
+    XXT: Callable
+    state_names = ("momentum_buffer",)
+
+    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = newton_schulz(grad.lerp_(buffer, momentum), self.dtype, self.XXT)
+        rows, cols = direction.shape[-2:]
+        p.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
+
+class Adam(NamedTuple):
+    """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
+    stored. State has the parameter's dtype. eps is added to the root of the uncorrected second moment."""
+    beta1: float
+    beta2: float
+    eps: float
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
+        eps = self.eps / (1 - self.beta2**step) ** 0.5  # the kernel adds it to the corrected moment's root
+        steps_done = torch.full((), step - 1.0, device=p.device)
+        adam([p], [grad], *([x] for x in state.values()), [], [steps_done], fused=True, amsgrad=False,
+             beta1=self.beta1, beta2=self.beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
+
 @dataclass
 class ShardedParam:
-    """One parameter as its optimizer sees it on this rank."""
+    """One parameter as the optimizer sees it on this rank."""
     name: str
     param: nn.Parameter
-    lr_mult: float
+    rule: Muon | Adam
+    lr: float
     p_slice: Tensor  # this rank's rows of the parameter
     state: dict[str, Tensor]  # of the shape and dtype of p_slice
     grad_slice: Tensor | None = None  # the summed gradient of p_slice
     handle: dist.Work | None = None  # the collective in progress
 
-class ShardedOptimizer:
-    """The three phases; a subclass defines the state and the update of a slice."""
-    state_names: tuple[str, ...] = ()
+    def wait(self) -> None:
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
 
-    def __init__(self, params: dict[str, tuple[nn.Parameter, float]], rank: int, world_size: int, lr: float):
-        """params: name -> (parameter, multiple of the learning rate)."""
-        self.world_size, self.lr, self.sharded_params = world_size, lr, []
-        for name, (p, lr_mult) in params.items():
+class ShardedOptimizer:
+    """The three phases, for parameters that are updated by a rule each."""
+    def __init__(self, params: dict[str, tuple], rank: int, world_size: int):
+        """params: name -> (parameter, rule, learning rate)."""
+        self.rank, self.world_size, self.sharded_params = rank, world_size, []
+        for name, (p, rule, lr) in params.items():
             p_slice = p.data.chunk(world_size)[rank]
-            state = {key: torch.zeros_like(p_slice) for key in self.state_names}
-            self.sharded_params.append(ShardedParam(name, p, lr_mult, p_slice, state))
+            state = {key: torch.zeros_like(p_slice) for key in rule.state_names}
+            self.sharded_params.append(ShardedParam(name, p, rule, lr, p_slice, state))
 
     def reduce_scatter(self) -> None:
         """Phase 1, started for every parameter. Clears the parameters' gradients."""
@@ -577,13 +607,13 @@ class ShardedOptimizer:
                 sp.handle = reduce_scatter_tensor(sp.grad_slice, grad, async_op=True)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, step: int) -> list[Tensor]:
+    def step(self, lr_factor: float, momentum: float, step: int) -> list[Tensor]:
         """Phase 2; starts phase 3. step counts from 1. Returns a flag per parameter: gradient not finite."""
         flags = []
         for sp in self.sharded_params:
-            self.wait(sp)
+            sp.wait()
             flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
-            self.update(sp, self.lr * sp.lr_mult * lr_scale, momentum, step)
+            sp.rule.update(sp.p_slice, sp.grad_slice, sp.state, sp.lr * lr_factor, momentum, step)
             sp.grad_slice = None
             if self.world_size > 1:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)
@@ -592,61 +622,26 @@ class ShardedOptimizer:
     def all_gather(self) -> None:
         """Phase 3 ends: the parameters may be read."""
         for sp in self.sharded_params:
-            self.wait(sp)
+            sp.wait()
 
-    def wait(self, sp: ShardedParam) -> None:
-        if sp.handle is not None:
-            sp.handle.wait()
-            sp.handle = None
-
-class Muon(ShardedOptimizer):
-    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
-    state_names = ("momentum_buffer",)
-
-    def __init__(self, params, rank: int, world_size: int, lr: float, dtype: torch.dtype, XXT=XXT):
-        super().__init__(params, rank, world_size, lr)
-        self.dtype, self.XXT = dtype, XXT
-
-    def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
-        buffer = sp.state["momentum_buffer"].lerp_(sp.grad_slice, 1 - momentum)
-        direction = newton_schulz(sp.grad_slice.lerp_(buffer, momentum), self.dtype, self.XXT)
-        rows, cols = direction.shape[-2:]
-        sp.p_slice.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
-
-class DistAdam(ShardedOptimizer):
-    """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
-    stored. State has the parameter's dtype. eps is added to the root of the uncorrected second moment."""
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float):
-        super().__init__(params, rank, world_size, lr)
-        self.betas, self.eps = betas, eps
-
-    def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
-        beta1, beta2 = self.betas
-        eps = self.eps / (1 - beta2**step) ** 0.5  # the kernel adds it to the root of the corrected moment
-        steps_done = torch.full((), step - 1.0, device=sp.p_slice.device)
-        adam([sp.p_slice], [sp.grad_slice], *([x] for x in sp.state.values()), [], [steps_done], fused=True,
-             amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
-
-def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list[ShardedOptimizer]:
-    """Both optimizers, from the table of who trains what and at which multiple of its learning rate."""
-    table = dict(
-        attn_bank=("muon", 1.0),
-        gate_bank=("muon", 1.0),
-        mlp_bank=("muon", 1.0),
-        embed=("adam", s.embed_lr_mult),
-        ngrams=("adam", s.embed_lr_mult),
-        value_embeds=("adam", s.embed_lr_mult),
-        lm_head=("adam", s.head_lr_mult),
-        scalars=("adam", s.scalar_lr_mult),
+def make_optimizer(model: GPT, s: Settings, rank: int, world_size: int) -> ShardedOptimizer:
+    """The optimizer, from the table of what trains each parameter, in the order of the updates."""
+    muon, adam = Muon(s.torch_dtype, model.kernels.XXT), Adam(s.adam_beta1, s.adam_beta2, s.adam_eps)
+    table = dict(  # name -> (rule, learning rate)
+        attn_bank=(muon, s.muon_lr),
+        gate_bank=(muon, s.muon_lr),
+        mlp_bank=(muon, s.muon_lr),
+        embed=(adam, s.adam_lr * s.embed_lr_mult),
+        ngrams=(adam, s.adam_lr * s.embed_lr_mult),
+        value_embeds=(adam, s.adam_lr * s.embed_lr_mult),
+        lm_head=(adam, s.adam_lr * s.head_lr_mult),
+        scalars=(adam, s.adam_lr * s.scalar_lr_mult),
     )
-    groups, betas = dict(muon={}, adam={}), (s.adam_beta1, s.adam_beta2)
-    for name, p in model.named_parameters():
-        group, lr_mult = table[name]  # a KeyError: a new parameter needs a row above
-        groups[group][name] = (p, lr_mult)
-    return [Muon(groups["muon"], rank, world_size, s.muon_lr, s.torch_dtype, model.kernels.XXT),
-            DistAdam(groups["adam"], rank, world_size, s.adam_lr, betas, s.adam_eps)]
+    params = dict(model.named_parameters())
+    if new := params.keys() - table.keys():
+        raise KeyError(f"make_optimizer has no row for {new}")
+    rows = {name: (params[name], *row) for name, row in table.items() if name in params}
+    return ShardedOptimizer(rows, rank, world_size)
 
 # ----------------------------------------------------------------------------------------------------------
 # Fast kernels for GPUs: each is used only if its results agree with its plain version's
@@ -1000,43 +995,34 @@ def make_batch(tokens: np.ndarray, starts: np.ndarray, most_starts: int, max_seq
     arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
     return Batch(*map(torch.from_numpy, arrays), max_seqlen)
 
-class TrainLoader:
-    """This rank's training batches, assembled a few ahead by a thread that never touches a GPU. Of a step's
-    microbatches, rank r of w takes numbers r, r + w, ... seek comes before the first next_batch."""
-    def __init__(self, plan: PackingPlan, s: Settings, rank: int, world_size: int, device: torch.device):
-        self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
-        self.num_microbatches = s.num_microbatches(world_size)
-        self.num_tokens = s.batch_tokens // self.num_microbatches
-        self.max_seqlen = min(s.max_seq_len, self.num_tokens)
-        self.most_starts = int(np.diff(plan.first).max())
-        self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
+def train_batches(plan: PackingPlan, s: Settings, rank: int, world_size: int, device: torch.device,
+                  first_step: int):
+    """Yields this rank's training batches, those of step first_step (from 0) first. Of a step's microbatches,
+    rank r of w takes numbers r, r + w, ... A thread, which never touches a GPU, assembles them five ahead.
+    Raises UserError if a shard was cut while in use."""
+    num_microbatches = s.num_microbatches(world_size)
+    num_tokens, most_starts = s.batch_tokens // num_microbatches, int(np.diff(plan.first).max())
 
-    def seek(self, step: int) -> None:
-        """Continue at the first batch of a step."""
-        for future in self.ahead:
-            future.cancel()
-        self.ahead.clear()
-        self.next = step * self.num_microbatches + self.rank
-
-    def next_batch(self) -> Batch:
-        """The next batch, on the device. Raises UserError if a shard was cut while in use."""
-        while len(self.ahead) < 5 and self.next < len(self.plan.first) - 1:
-            self.ahead.append(self.thread.submit(self.assemble, self.next))
-            self.next += self.world_size
-        try:
-            return self.ahead.popleft().result().to(self.device)
-        except (UserError, OSError) as error:
-            raise UserError(str(error), rank=self.rank) from None
-
-    def assemble(self, number: int) -> Batch:
+    def assemble(number: int) -> Batch:
         """In the thread: microbatch `number` of the run."""
-        plan, room, parts = self.plan, self.num_tokens + 1, []
+        room, parts = num_tokens + 1, []
         for document in range(plan.first[number], plan.first[number + 1]):
             start, length = int(plan.start[document]), min(int(plan.length[document]), room)
             parts.append(plan.shards[plan.shard[document]].read(start, start + length))
             room -= length
         starts = np.cumsum([0, *map(len, parts[:-1])])
-        return make_batch(np.concatenate(parts), starts, self.most_starts, self.max_seqlen)
+        return make_batch(np.concatenate(parts), starts, most_starts, min(s.max_seq_len, num_tokens))
+
+    thread = ThreadPoolExecutor(1, "loader")
+    numbers = iter(range(first_step * num_microbatches + rank, len(plan.first) - 1, world_size))
+    ahead = deque(thread.submit(assemble, number) for number in islice(numbers, 5))
+    while ahead:
+        try:
+            batch = ahead.popleft().result()
+        except (UserError, OSError) as error:
+            raise UserError(str(error), rank=rank) from None
+        ahead.extend(thread.submit(assemble, number) for number in islice(numbers, 1))
+        yield batch.to(device)
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
     """Yields (number, batch) for this rank's validation slices: every world_size-th of VAL_SLICE_TOKENS."""
@@ -1100,6 +1086,7 @@ def init_distributed(s: Settings) -> tuple[torch.device, str, int, int]:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                                 device_id=device if cuda else None)
+        dist.barrier()  # a rank that ends with an error must not do so while others still connect
     return device, why, rank, world_size
 
 class Clock:
@@ -1236,10 +1223,11 @@ def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.nda
                        validation_data=zlib.crc32(val_tokens),
                        microbatches_of_a_step=s.num_microbatches(world_size))
 
-def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float, identity: dict) -> None:
+def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int, seconds: float,
+                    identity: dict) -> None:
     """Write the run's state after `step` steps; keep the newest two. Called by all ranks; rank 0 writes."""
     tensors = {name: p.data[:model.num_rows[name]] for name, p in model.named_parameters()}
-    for sp in (sp for optimizer in optimizers for sp in optimizer.sharded_params):
+    for sp in optimizer.sharded_params:
         for key, x in sp.state.items():
             whole = x
             if dist.is_initialized():
@@ -1260,7 +1248,7 @@ def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float,
         log.write(f"checkpoint: WARNING: {path} could not be written: {error}; training goes on")
 
 @torch.no_grad()
-def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: dict) -> int:
+def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
     """Load the checkpoint that RESUME names; returns the number of steps done. Called by all ranks. auto is
     the newest whole one of this race, or a new start if LOG_DIR has no checkpoints. Raises UserError."""
     s, problem, paths = log.settings, None, [Path(log.settings.resume)]
@@ -1284,12 +1272,12 @@ def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: di
             raise UserError(f"RESUME: {problem}", exit_code=2)
         log.write(f"checkpoint: none in {s.log_dir}, starting anew")
         return 0
-    for sp in (sp for optimizer in optimizers for sp in optimizer.sharded_params):
+    for sp in optimizer.sharded_params:
         num_rows, whole = model.num_rows[sp.name], torch.zeros_like(sp.param.data)
         sp.param.data[:num_rows] = tensors[sp.name].to(whole)
         for key, x in sp.state.items():
             whole[:num_rows] = tensors[f"{key}.{sp.name}"].to(whole)
-            x.copy_(whole.chunk(len(whole) // len(x))[dist.get_rank() if dist.is_initialized() else 0])
+            x.copy_(whole.chunk(optimizer.world_size)[optimizer.rank])
     clock.total = float(metadata["seconds"])
     log.write(f"resumed: {path}, step {metadata['step']}, after {clock.total:.1f} s of training")
     return int(metadata["step"])
@@ -1297,55 +1285,47 @@ def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: di
 # ----------------------------------------------------------------------------------------------------------
 # Training
 
-def copy_to_host(x: Tensor) -> Callable[[], list[float]]:
-    """Start copying a vector to the host; the function returned waits for it, but not for later work."""
-    if x.device.type == "cpu":
-        return x.tolist
-    host, arrived = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
-    host.copy_(x, non_blocking=True)
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        return host.tolist()
-    return wait
-
-def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale: float, momentum: float,
-               windows: tuple[int, int], stop: Callable[[], int] = int) -> Callable[[], list[float]]:
-    """One optimizer step, number `step` from 1. The function returned waits for it and gives, for all ranks,
-    mean loss, number of requests to stop, and for each parameter whether its gradient was not finite."""
-    loss_sum = torch.zeros((), device=loader.device)
-    for _ in range(loader.num_microbatches // loader.world_size):
-        loss = model(*loader.next_batch(), windows) / loader.num_microbatches
+def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_factor: float, momentum: float,
+               windows: tuple[int, int], stop: Callable[[], int] = int):
+    """One optimizer step, number `step` from 1. Returns its status over all ranks, float32 on the host: mean
+    loss, number of requests to stop, and for each parameter whether its gradient was not finite; and the CUDA
+    event of its arrival there (None on a CPU), so that the host need not wait for later steps."""
+    s, device = model.settings, model.cos.device
+    num_microbatches = s.num_microbatches(optimizer.world_size)
+    loss_sum = torch.zeros((), device=device)
+    for _ in range(num_microbatches // optimizer.world_size):
+        loss = model(*next(batches), windows) / num_microbatches
         loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
         loss_sum += loss.detach()
-    for optimizer in optimizers:
-        optimizer.reduce_scatter()
-    flags = [flag for optimizer in optimizers for flag in optimizer.step(lr_scale, momentum, step)]
-    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop() > 0), *flags])
+    optimizer.reduce_scatter()
+    flags = optimizer.step(lr_factor, momentum, step)
+    mean_loss = loss_sum / (s.batch_tokens // num_microbatches)
+    status = torch.stack([mean_loss, torch.full_like(loss_sum, stop() > 0), *flags])
     if dist.is_initialized():
         dist.all_reduce(status)
-    for optimizer in optimizers:
-        optimizer.all_gather()
-    return copy_to_host(status)
+    optimizer.all_gather()
+    status = status.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+    return status, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
 
-def warm_up(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings) -> int:
-    """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit."""
+def warm_up(model: GPT, optimizer: ShardedOptimizer, batch: Batch, val_tokens: np.ndarray) -> int:
+    """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit. Returns
+    how many."""
+    s = model.settings
     if not s.warmup_steps:
         return 0
-    states = [x for o in optimizers for sp in o.sharded_params for x in sp.state.values()]
+    states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # not in the GPU's memory
-    windows = sorted({attention_windows(step, s) for step in range(s.num_iterations + 1)})
-    num_steps = max(s.warmup_steps, len(windows))
+    window_pairs = sorted({attention_windows(step, s) for step in range(s.num_iterations + 1)})
+    num_steps = max(s.warmup_steps, len(window_pairs))
     for i in range(num_steps):
-        loader.seek(0)
-        train_step(model, optimizers, loader, i + 1, 1.0, s.muon_momentum_start, windows[i % len(windows)])
+        windows = window_pairs[i % len(window_pairs)]
+        train_step(model, optimizer, repeat(batch), i + 1, 1.0, s.muon_momentum_start, windows)
     if s.torch_compile:
-        _, batch = next(validation_batches(val_tokens, s, 0, 1, loader.device))
+        _, batch = next(validation_batches(val_tokens, s, 0, 1, model.cos.device))
         with torch.no_grad():
-            for pair in windows:
-                model(*batch, pair)
+            for windows in window_pairs:
+                model(*batch, windows)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
     return num_steps
@@ -1375,18 +1355,20 @@ def catch_signals() -> Callable[[], int]:
 
     return signal_number
 
-def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings, log: Log,
+def train(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray, s: Settings, log: Log,
           clock: Clock, identity: dict, first_step: int) -> int:
     """The race: train and validate until the target or the last step; the clock stops during validation.
     Returns the exit code. Raises UserError if the loss or a gradient is not finite."""
-    rank, world_size, stop = loader.rank, loader.world_size, catch_signals()
+    rank, world_size, stop = optimizer.rank, optimizer.world_size, catch_signals()
     stopping, running = False, deque()
-    names = ["the loss", *(f"the gradient of {sp.name}" for o in optimizers for sp in o.sharded_params)]
+    names = ["the loss", *(f"the gradient of {sp.name}" for sp in optimizer.sharded_params)]
 
     def finish_step() -> bool:
         """Wait for the oldest running step and log it; returns whether a rank asked to stop."""
-        step, wait = running.popleft()
-        loss, stops, *flags = wait()
+        step, (status, arrived) = running.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        loss, stops, *flags = status.tolist()
         spoiled = [name for name, flag in zip(names, [not math.isfinite(loss), *flags]) if flag]
         if spoiled:
             raise UserError(f"step {step}: expected finite numbers, found inf or nan in {', '.join(spoiled)};"
@@ -1394,7 +1376,6 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
         log.step(step, loss, clock)
         return stops > 0
 
-    loader.seek(first_step)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would stop the loop for up to half a second
@@ -1414,14 +1395,14 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
                 log.validation(step, val_loss, clock)
                 last_step = last_step or val_loss <= s.target_loss
             if s.checkpoint_every and step > first_step and (saving or stopping or last_step):
-                save_checkpoint(log, model, optimizers, step, clock.total, identity)
+                save_checkpoint(log, model, optimizer, step, clock.total, identity)
             if last_step or stopping:
                 break
             clock.start()
         running.append((step + 1, train_step(
-            model, optimizers, loader, step + 1, lr_scale(step, s), muon_momentum(step, s),
+            model, optimizer, batches, step + 1, lr_scale(step, s), muon_momentum(step, s),
             attention_windows(step, s), stop)))
-        if loader.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
+        if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step()
     if last_step:
         log.result(step, val_loss, clock)
@@ -1489,18 +1470,19 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         model = GPT(s, kernels, world_size)
         init_weights(model, s.seed)
         model.to(device)
-        optimizers = make_optimizers(model, s, rank, world_size)
-        loader, clock = TrainLoader(plan, s, rank, world_size, device), Clock(device)
+        optimizer, clock = make_optimizer(model, s, rank, world_size), Clock(device)
         identity = identify_run(s, source, plan, val_tokens, world_size)
-        first_step = load_checkpoint(log, model, optimizers, clock, identity) if s.resume else 0
+        first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
         if s.torch_compile:  # a graph for each window size in training, and another in evaluation
             torch._dynamo.config.recompile_limit = max(8, 2 * len(s.window_schedule.split(",")))
             model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
-        num_steps = warm_up(model, optimizers, loader, val_tokens, s)
+        batch = next(train_batches(plan, s, rank, world_size, device, 0))
+        num_steps = warm_up(model, optimizer, batch, val_tokens)
+        batches = train_batches(plan, s, rank, world_size, device, first_step)
         ready, compiled = f"ready after {time.monotonic() - begun:.1f} s", graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
-        code = train(model, optimizers, loader, val_tokens, s, log, clock, identity, first_step)
+        code = train(model, optimizer, batches, val_tokens, s, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
             prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
             text = generate(model, attention_windows(s.num_iterations, s), prompt, s.sample_tokens)

@@ -123,7 +123,7 @@ def last_lines(log_dir):
 
 def at_step(number, act):
     """A fault: act() is called as step `number`, from 1, begins."""
-    before(train_gpt, "train_step", lambda m, o, loader, step, *_: act() if step == number else None)
+    before(train_gpt, "train_step", lambda m, o, batches, step, *_: act() if step == number else None)
 
 
 # ---- The file
@@ -184,9 +184,9 @@ def killed_at(n, rank):
 def saver(s, tmp_path):
     """saver(step): write that checkpoint of a fresh model."""
     model = fresh_model(s)
-    optimizers = train_gpt.make_optimizers(model, s, 0, 1)
+    optimizer = train_gpt.make_optimizer(model, s, 0, 1)
     log = SimpleNamespace(folder=tmp_path, file=sys.stdout, write=print)
-    return lambda step: train_gpt.save_checkpoint(log, model, optimizers, step, 0.5, dict(seed=0))
+    return lambda step: train_gpt.save_checkpoint(log, model, optimizer, step, 0.5, dict(seed=0))
 
 
 def test_a_kill_at_any_moment_of_writing_leaves_the_newest_checkpoints_whole(saver, tmp_path):
@@ -250,7 +250,7 @@ def choose(s, resume="auto", source=None, world_size=1):
     identity = train_gpt.identify_run(s, source, plan, train_gpt.read_validation(s), world_size)
     model, clock, lines = fresh_model(s), train_gpt.Clock(CPU), []
     log = SimpleNamespace(settings=replace(s, resume=str(resume)), write=lines.append)
-    train_gpt.load_checkpoint(log, model, train_gpt.make_optimizers(model, s, 0, 1), clock, identity)
+    train_gpt.load_checkpoint(log, model, train_gpt.make_optimizer(model, s, 0, 1), clock, identity)
     return lines
 
 
@@ -399,7 +399,7 @@ def test_a_rank_that_dies_ends_the_other(s):
 def spoiled(what, rank):
     """NaN in the loss or a gradient of step 3 on rank 1."""
 
-    def spoil(model, optimizers, loader, step, *_):
+    def spoil(model, optimizer, batches, step, *_):
         if step == 3 and what == "the loss":
             plain = train_gpt.softcapped_loss
             model.kernels = train_gpt.Kernels(head_loss=lambda *case: plain(*case) * torch.nan)

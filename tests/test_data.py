@@ -1,6 +1,7 @@
 """Shards, the packing of documents into training batches, the loader's thread, and validation."""
 
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -166,19 +167,18 @@ class Corpus:
         s = replace(self.s, num_iterations=steps)
         return train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, num_microbatches)
 
-    def loaders(self, steps, world_size=1):
+    def batches(self, steps, world_size=1, first_step=0):
+        """The generators of all ranks."""
         plan = self.plan(steps, max(8, world_size))
-        found = [train_gpt.TrainLoader(plan, self.s, rank, world_size, CPU) for rank in range(world_size)]
-        for loader in found:
-            loader.seek(0)
-        return found
+        return [train_gpt.train_batches(plan, self.s, rank, world_size, CPU, first_step)
+                for rank in range(world_size)]
 
     def check(self, world_size=1):
         """That the batches of all ranks, in the order of the microbatches, are those of the plain packer."""
         expected = self.pack(max(8, world_size))
         steps = len(expected) // max(8, world_size)
-        loaders = self.loaders(steps, world_size)
-        found = [loader.next_batch() for _ in expected[::world_size] for loader in loaders]
+        ranks = self.batches(steps, world_size)
+        found = [next(batches) for _ in expected[::world_size] for batches in ranks]
         assert len({batch.cu_seqlens.shape for batch in found}) == 1, "the shapes are not static"
         for batch, (pieces, _) in zip(found, expected):
             assert_batch_is(batch, pieces)
@@ -259,35 +259,34 @@ def corpus(tmp_path):
     return Corpus(tmp_path, [[8] * 64, [8] * 64], microbatch_tokens=7, longest=30)
 
 
-def test_a_loader_goes_on_at_any_step(corpus):
-    for rank, loader in enumerate(corpus.loaders(16, world_size=2)):
-        for step in (12, 0, 7, 8, 15, 3):
-            loader.seek(step)
-            for pieces, _ in corpus.pack()[8 * step + rank :: 2][:6]:
-                assert_batch_is(loader.next_batch(), pieces)
+def test_batches_begin_at_any_step_and_end_with_the_run(corpus):
+    for step in (0, 7, 12, 15):
+        for rank, batches in enumerate(corpus.batches(16, world_size=2, first_step=step)):
+            expected = corpus.pack()[8 * step + rank :: 2]
+            for batch, (pieces, _) in zip(batches, expected, strict=True):
+                assert_batch_is(batch, pieces)
 
 
 def test_a_shard_that_is_cut_while_in_use_ends_the_run_after_whole_batches(corpus):
-    [loader] = corpus.loaders(16)
-    path = loader.plan.shards[0].path
-    loader.next_batch()
+    [batches], path = corpus.batches(16), corpus.plan(16).shards[0].path
+    next(batches)
     os.truncate(path, 1024 + 2 * 300)  # within the 38th document
     for pieces, _ in corpus.pack()[1:37]:
-        assert_batch_is(loader.next_batch(), pieces)
+        assert_batch_is(next(batches), pieces)
     with pytest.raises(UserError, match=f"^{path}: expected tokens 296 to 304, found 4 of them; "):
-        loader.next_batch()
+        next(batches)
 
 
 def no_disk(rank):
-    """The loader's thread of rank 1 fails in the third step."""
-    batches = iter([None] * 10)
+    """The loader's thread of rank 1 fails in the third step. Six batches are for the warm-up."""
+    batches = iter([None] * (6 + 10))
 
     def fail(*_):
-        if next(batches, "none") == "none":
+        if threading.current_thread().name.startswith("loader") and next(batches, "none") == "none":
             raise UserError("expected a disk, found none")
 
     if rank == 1:
-        before(train_gpt.TrainLoader, "assemble", fail)
+        before(train_gpt, "make_batch", fail)
 
 
 def test_an_error_in_one_ranks_thread_ends_all_ranks_with_its_sentence(data):

@@ -1,4 +1,4 @@
-"""Muon, DistAdam and the steps around them, on one rank and on several, against plain float64 versions."""
+"""Muon, Adam and the steps around them, on one rank and on several, against plain float64 versions."""
 
 import traceback
 from dataclasses import replace
@@ -70,16 +70,15 @@ def from_all_ranks(x, world_size):
 
 
 def start(folder, s, rank=0, world_size=1):
-    """Model, optimizers and loader of a run on a rank, away from the zeros that hide gradients."""
+    """Model, optimizer and batches of a run on a rank, away from the zeros that hide gradients."""
     model = fresh_model(s, world_size=world_size)
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
             p[:model.num_rows[name]] += 0.02 * normal(model.num_rows[name], *p.shape[1:], seed=i)
     shard = train_gpt.TokenShard(folder / "train.bin", s)
     plan = train_gpt.plan_packing([shard], s, s.num_microbatches(world_size))
-    loader = train_gpt.TrainLoader(plan, s, rank, world_size, CPU)
-    loader.seek(0)
-    return model, train_gpt.make_optimizers(model, s, rank, world_size), loader
+    batches = train_gpt.train_batches(plan, s, rank, world_size, CPU, 0)
+    return model, train_gpt.make_optimizer(model, s, rank, world_size), batches
 
 
 def settings(**changes):
@@ -96,14 +95,14 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
             patch.setattr(owner, name, getattr(owner, name))  # put back at the end
             before(owner, name, lambda x, *_, name=name, **__: called.append((name, tuple(x.shape))))
         for r, n in ((0, 1), (rank, world_size)):
-            model, optimizers, loader = start(folder, s, r, n)
+            model, optimizer, batches = start(folder, s, r, n)
             if n == 1:
                 patch.setattr(dist, "is_initialized", lambda: False)
             stops = [int, int, lambda last=r == n - 1: 15 * last]
-            statuses = [train_gpt.train_step(model, optimizers, loader, i + 1, *SCHEDULE[i], (12, 4), stop)
+            statuses = [train_gpt.train_step(model, optimizer, batches, i + 1, *SCHEDULE[i], (12, 4), stop)
                         for i, stop in enumerate(stops)]
             patch.setattr(dist, "is_initialized", lambda: True)
-            runs.append((model, [status() for status in statuses]))
+            runs.append((model, [status.tolist() for status, _ in statuses]))
     (one, expected), (model, found) = runs
     assert [status[0] for status in found] == pytest.approx([status[0] for status in expected], rel=1e-5)
     assert [status[1:] for status in found] == [[0] * 8, [0] * 8, [1] + [0] * 7], "one asks to stop, all hear"
@@ -172,24 +171,19 @@ def test_several_ranks(folder, tmp_path, monkeypatch, world_size, check):
 
 # ---- One rank
 
-def muon(params):
-    return train_gpt.Muon(params, 0, 1, 0.05, torch.float32)
+MUON = train_gpt.Muon(torch.float32, train_gpt.XXT)
+ADAM = train_gpt.Adam(0.8, 0.95, 0.05)  # such an eps shows where it is added
 
 
-def adam(params):
-    """Such an eps shows where it joins."""
-    return train_gpt.DistAdam(params, 0, 1, 0.05, (0.8, 0.95), 0.05)
-
-
-@pytest.mark.parametrize("make, plain, shapes", [
-    (muon, PlainMuon, dict(tall=(16, 6, 4), wide=(8, 3, 8), square=(8, 4, 4))),
-    (adam, PlainAdam, dict(a=(8, 3), b=(16, 5), c=(24, 2))),
+@pytest.mark.parametrize("rule, plain, shapes", [
+    (MUON, PlainMuon, dict(tall=(16, 6, 4), wide=(8, 3, 8), square=(8, 4, 4))),
+    (ADAM, PlainAdam, dict(a=(8, 3), b=(16, 5), c=(24, 2))),
 ])
-def test_steps_of_an_optimizer_are_those_of_the_plain_one(make, plain, shapes):
+def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes):
     params = {name: torch.nn.Parameter(normal(*shape)) for name, shape in shapes.items()}
-    lr_mults = {name: 0.5 + 2 * i for i, name in enumerate(shapes)}
-    references = {name: plain(p, 0.05 * lr_mults[name]) for name, p in params.items()}
-    optimizer = make({name: (p, lr_mults[name]) for name, p in params.items()})
+    lrs = {name: 0.025 + 0.1 * i for i, name in enumerate(shapes)}
+    references = {name: plain(p, lrs[name]) for name, p in params.items()}
+    optimizer = train_gpt.ShardedOptimizer({name: (p, rule, lrs[name]) for name, p in params.items()}, 0, 1)
     for step, (lr_scale, momentum) in enumerate(SCHEDULE):
         expected = {}
         for i, (name, p) in enumerate(params.items()):
@@ -208,7 +202,7 @@ def test_steps_of_an_optimizer_are_those_of_the_plain_one(make, plain, shapes):
 @pytest.mark.slow
 def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64():
     p = torch.nn.Parameter(normal(64, 8).bfloat16())
-    adam = train_gpt.DistAdam({"p": (p, 10.0)}, 0, 1, 0.01, (0.8, 0.95), 1e-10)
+    adam = train_gpt.ShardedOptimizer({"p": (p, train_gpt.Adam(0.8, 0.95, 1e-10), 0.1)}, 0, 1)
     (sp,), far = adam.sharded_params, PlainAdam(p, 0.1, eps=1e-10)
     held, unequal = [p.data, *sp.state.values()], 0
     for i in range(1000):
@@ -228,41 +222,43 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
 
 @pytest.mark.parametrize(
     "changes", [{}, dict(value_embeds="." * 12, gate_channels=0), dict(ngram_rows=40, ngram_dim=8)])
-def test_every_parameter_has_exactly_one_optimizer(small, changes):
+def test_every_parameter_is_trained_once(small, changes):
     s = replace(small, **changes)
     model = fresh_model(s)
-    trained = [sp.param for o in train_gpt.make_optimizers(model, s, 0, 1) for sp in o.sharded_params]
+    trained = [sp.param for sp in train_gpt.make_optimizer(model, s, 0, 1).sharded_params]
     assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
 
 
-def test_a_parameter_that_no_optimizer_knows_raises_key_error(small):
+def test_a_parameter_without_a_row_in_the_table_raises_key_error(small):
     model = fresh_model(small)
     model.register_parameter("newcomer", torch.nn.Parameter(torch.zeros(3, 3)))
     with pytest.raises(KeyError, match="newcomer"):
-        train_gpt.make_optimizers(model, small, 0, 1)
+        train_gpt.make_optimizer(model, small, 0, 1)
 
 
 def test_who_trains_what_at_which_rate_and_dtype():
     s = train_gpt.Settings()
     with torch.device("meta"):
-        muon, adam = train_gpt.make_optimizers(train_gpt.GPT(s, train_gpt.Kernels()), s, 0, 1)
-    found = {sp.name: (o.lr * sp.lr_mult, {x.dtype for x in sp.state.values()})
-             for o in (muon, adam) for sp in o.sharded_params}
+        optimizer = train_gpt.make_optimizer(train_gpt.GPT(s, train_gpt.Kernels()), s, 0, 1)
+    found = {sp.name: (sp.rule, sp.lr, {x.dtype for x in sp.state.values()})
+             for sp in optimizer.sharded_params}
+    muon, adam = train_gpt.Muon(torch.bfloat16, train_gpt.XXT), train_gpt.Adam(0.8, 0.95, 1e-10)
     single, half = {torch.float32}, {torch.bfloat16}
-    assert [sp.name for sp in muon.sharded_params] == ["attn_bank", "gate_bank", "mlp_bank"]
     assert found == dict(
-        attn_bank=(0.05, single), gate_bank=(0.05, single), mlp_bank=(0.05, single), embed=(0.6, half),
-        value_embeds=(0.6, half), lm_head=(0.008, single), scalars=(0.04, single))
-    assert (adam.betas, adam.eps, muon.dtype) == ((0.8, 0.95), 1e-10, torch.bfloat16)
+        attn_bank=(muon, 0.05, single), gate_bank=(muon, 0.05, single), mlp_bank=(muon, 0.05, single),
+        embed=(adam, 0.6, half), value_embeds=(adam, 0.6, half), lm_head=(adam, 0.008, single),
+        scalars=(adam, 0.04, single))
 
 
 def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(folder):
-    (model, _, loader), (*_, other) = (start(folder, settings()) for _ in range(2))
-    losses = [model(*other.next_batch(), (12, 4)) for _ in range(8)]
+    (model, _, batches), (*_, others) = (start(folder, settings()) for _ in range(2))
+    losses = [model(*next(others), (12, 4)) for _ in range(8)]
     expected = torch.autograd.grad(sum(losses) / 8, list(model.parameters()))
     calls = []
 
     class Recorder:
+        world_size = 1
+
         def reduce_scatter(self):
             calls.append("reduce_scatter")
             found = tuple(p.grad for p in model.parameters())
@@ -275,6 +271,6 @@ def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(f
         def all_gather(self):
             calls.append("all_gather")
 
-    status = train_gpt.train_step(model, [Recorder()], loader, 7, 0.5, 0.9, (12, 4))
+    status, _ = train_gpt.train_step(model, Recorder(), batches, 7, 0.5, 0.9, (12, 4))
     assert calls == ["reduce_scatter", (0.5, 0.9, 7), "all_gather"]
-    assert status() == [pytest.approx(sum(losses).item() / 512, rel=1e-5), 0]
+    assert status.tolist() == [pytest.approx(sum(losses).item() / 512, rel=1e-5), 0]

@@ -46,23 +46,22 @@ def race(monkeypatch, tmp_path):
         s = replace(Settings(), **values)
         trained, validated, saved, losses = [], [], [], iter(losses)
 
-        def train_step(model, optimizers, loader, step, *_):
+        def train_step(model, optimizer, batches, step, *_):
             trained.append(step)
-            return lambda: [1.0, 0.0]
+            return torch.tensor([1.0, 0.0]), None
 
         def validate(*_):
             validated.append(len(trained))
             return next(losses)
 
-        def save_checkpoint(log, model, optimizers, step, *_):
+        def save_checkpoint(log, model, optimizer, step, *_):
             saved.append(step)
 
         for function in (train_step, validate, save_checkpoint):
             monkeypatch.setattr(train_gpt, function.__name__, function)
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
-        loader = SimpleNamespace(rank=0, world_size=1, device=CPU, seek=lambda step: None)
-        log = Log(s, 0)
-        code = train_gpt.train(None, [], loader, None, s, log, Clock(CPU), {}, 0)
+        optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[]), Log(s, 0)
+        code = train_gpt.train(None, optimizer, None, None, s, log, Clock(CPU), {}, 0)
         lines = (log.folder / "log.txt").read_text().splitlines()
         return SimpleNamespace(trained=trained, validated=validated, saved=saved, lines=lines, code=code)
 

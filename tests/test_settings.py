@@ -196,7 +196,7 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     def refuse(*_, **__):
         raise AssertionError("a dry run does none of this")
 
-    for name in ("dist.init_process_group", "init_weights", "TrainLoader", "Log", "train"):
+    for name in ("dist.init_process_group", "init_weights", "train_batches", "Log", "train"):
         monkeypatch.setattr(f"train_gpt.{name}", refuse)
     s = replace(data, muon_lr=0.02)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*")}

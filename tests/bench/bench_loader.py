@@ -5,7 +5,7 @@ How long a training step waits for its batch, across the ends of shards.
 
 It writes three shards of made-up documents, plans 8-rank steps of the speedrun over all of them, and takes
 one rank's batches. A sleep stands for the training step. It prints how long planning took (every token is
-read and checked), how long next_batch() took in the steps, and the tokens a second without the sleep.
+read and checked), how long next(batches) took in the steps, and the tokens a second without the sleep.
 """
 
 import argparse
@@ -52,17 +52,16 @@ def main() -> None:
         begun = time.perf_counter()
         plan = train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, WORLD_SIZE)
         print(f"planning: {time.perf_counter() - begun:.2f} s\n{plan.summary}")
-        loader = train_gpt.TrainLoader(plan, s, 0, WORLD_SIZE, torch.device("cpu"))
         for name, seconds in (("steps", args.step_ms / 1000), ("no sleep", 0.0)):
-            loader.seek(0)
+            batches = train_gpt.train_batches(plan, s, 0, WORLD_SIZE, torch.device("cpu"), 0)
             waits, begun = [], time.perf_counter()
             for _ in range(steps):
                 start = time.perf_counter()
-                loader.next_batch()
+                next(batches)
                 waits.append(1000 * (time.perf_counter() - start))
                 time.sleep(seconds)
-            rate = steps * loader.num_tokens / (time.perf_counter() - begun) / 1e6
-            print(f"{name}: next_batch() took {statistics.median(waits[1:]):.3f} ms in the median, at most "
+            rate = steps * s.batch_tokens / WORLD_SIZE / (time.perf_counter() - begun) / 1e6
+            print(f"{name}: next(batches) took {statistics.median(waits[1:]):.3f} ms in the median, at most "
                   f"{max(waits[1:]):.3f} ms in {steps - 1} steps, {rate:.1f}M tokens a second")
 
 

@@ -51,7 +51,8 @@ def marked(function, phase: str):
 
 def wrap_train_gpt(plain: bool) -> None:
     choose_kernels, train_step = train_gpt.choose_kernels, train_gpt.train_step
-    wait, result = train_gpt.ShardedOptimizer.wait, train_gpt.Log.result
+    wait, result = train_gpt.ShardedParam.wait, train_gpt.Log.result
+    train_batches = train_gpt.train_batches
 
     def choose(device, s):
         kernels, lines = choose_kernels(device, s)
@@ -65,16 +66,21 @@ def wrap_train_gpt(plain: bool) -> None:
             return kernels.head_loss(x, weight, targets)
         return kernels._replace(head_loss=marked(head_loss, "head, forward")), lines
 
-    def step_with_marks(model, optimizers, loader, step, lr_scale, momentum, windows, *stop):
+    def batches_with_marks(*args):
+        for batch in train_batches(*args):
+            mark("batch")
+            yield batch
+
+    def step_with_marks(model, optimizer, batches, step, lr_factor, momentum, windows, *stop):
         global now
         now = step, windows[0]
         if step == 1:
             marks.clear()  # those of the warm-up, whose steps count from 1, too
         mark("between steps")
-        return train_step(model, optimizers, loader, step, lr_scale, momentum, windows, *stop)
+        return train_step(model, optimizer, batches, step, lr_factor, momentum, windows, *stop)
 
-    def wait_with_mark(self, sp):
-        wait(self, sp)
+    def wait_with_mark(sp):
+        wait(sp)
         mark("all-gather" if sp.grad_slice is None else "reduce-scatter")  # None once it is updated
 
     def result_and_phases(self, *args):
@@ -82,11 +88,11 @@ def wrap_train_gpt(plain: bool) -> None:
         self.write(f"phases: {json.dumps(phases_of_steps())}", console=False)
 
     train_gpt.choose_kernels, train_gpt.train_step = choose, step_with_marks
-    train_gpt.ShardedOptimizer.wait, train_gpt.Log.result = wait_with_mark, result_and_phases
-    train_gpt.TrainLoader.next_batch = marked(train_gpt.TrainLoader.next_batch, "batch")
+    train_gpt.ShardedParam.wait, train_gpt.Log.result = wait_with_mark, result_and_phases
+    train_gpt.train_batches = batches_with_marks
     torch.Tensor.backward = marked(torch.Tensor.backward, "blocks, backward")
     train_gpt.Muon.update = marked(train_gpt.Muon.update, "Muon")
-    train_gpt.DistAdam.update = marked(train_gpt.DistAdam.update, "Adam")
+    train_gpt.Adam.update = marked(train_gpt.Adam.update, "Adam")
 
 def phases_of_steps() -> dict[int, dict[str, float]]:
     """long window -> phase -> ms in a step. Called after validation, which has waited for the GPU."""
