@@ -801,11 +801,18 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) ->
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(window, 0))
 
 class Kernels(NamedTuple):
-    """The functions that a run uses where there is a choice; the defaults are plain PyTorch."""
+    """What a run uses where there is a choice; the defaults are plain PyTorch."""
     attn_args: Callable = banded_mask
     attention: Callable = banded_attention
     head_loss: Callable = softcapped_loss
     XXT: Callable = XXT
+    compiled: bool = False  # whether torch.compile writes the blocks' kernels
+
+def compile_blocks(model: GPT) -> None:
+    """torch.compile for the blocks: a graph for each pair of windows, in training and in validation."""
+    num_graphs = 1 + 2 * len(model.settings.window_schedule.split(","))  # and one in trial_run
+    torch._dynamo.config.recompile_limit = max(8, num_graphs)
+    model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
 
 def trial_run(kernels: Kernels, device: torch.device, s: Settings) -> list[Tensor]:
     """Loss and gradients of one block on random weights and tokens, and orthogonalised random matrices."""
@@ -813,6 +820,8 @@ def trial_run(kernels: Kernels, device: torch.device, s: Settings) -> list[Tenso
     model, generator = GPT(s, kernels), torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():  # of a size that keeps logits and gates in their useful range
         p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04, generator=generator)
+    if kernels.compiled:
+        compile_blocks(model)
     tokens = torch.randint(s.vocab_size, (1025,), generator=generator).to(device)
     cu_seqlens = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
     loss = model.to(device)(tokens[:-1].int(), tokens[1:], cu_seqlens, 640, (384, 384))
@@ -824,9 +833,9 @@ def trial_run(kernels: Kernels, device: torch.device, s: Settings) -> list[Tenso
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and a line for each that gives the choice and its reason. A fast kernel must
     agree with the plain one on a small case on the run's own GPU, on every rank."""
-    chosen, lines = Kernels(), []
     if device.type == "cpu":
-        return chosen, ["kernels: plain PyTorch (the device is a CPU)"]
+        return Kernels(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
+    chosen, lines = Kernels(), []
     capability, attention = torch.cuda.get_device_capability(device), "FlashAttention 2 of PyTorch"
     if capability[0] == 9:
         try:
@@ -842,6 +851,8 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     rows = [("attention", attention, dict(attn_args=varlen_args, attention=flash_attention), 0.03),
             ("head", head[0], dict(head_loss=head[1]), head[2]),
             ("Newton-Schulz", "half of each symmetric product", dict(XXT=symmetric_XXT), 0.1)]
+    if s.torch_compile:
+        rows.append(("blocks", "torch.compile", dict(compiled=True), 0.1))
     plain = trial_run(chosen, device, s)
     for kind, name, functions, tolerance in rows:
         error, why = torch.tensor(math.inf, device=device), ""
@@ -1321,7 +1332,7 @@ def warm_up(model: GPT, optimizer: ShardedOptimizer, batch: Batch, val_tokens: n
     for i in range(num_steps):
         windows = window_pairs[i % len(window_pairs)]
         train_step(model, optimizer, repeat(batch), i + 1, 1.0, s.muon_momentum_start, windows)
-    if s.torch_compile:
+    if model.kernels.compiled:
         _, batch = next(validation_batches(val_tokens, s, 0, 1, model.cos.device))
         with torch.no_grad():
             for windows in window_pairs:
@@ -1474,9 +1485,8 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
-        if s.torch_compile:  # a graph for each window size in training, and another in evaluation
-            torch._dynamo.config.recompile_limit = max(8, 2 * len(s.window_schedule.split(",")))
-            model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
+        if kernels.compiled:
+            compile_blocks(model)
         batch = next(train_batches(plan, s, rank, world_size, device, 0))
         num_steps = warm_up(model, optimizer, batch, val_tokens)
         batches = train_batches(plan, s, rank, world_size, device, first_step)
@@ -1488,7 +1498,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
             text = generate(model, attention_windows(s.num_iterations, s), prompt, s.sample_tokens)
             before, after = (bytes(x).decode(errors="replace") for x in (prompt, text[len(prompt):]))
             log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
-        if s.torch_compile:
+        if kernels.compiled:
             late = graphs["unique_graphs"] - compiled
             log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: {late} graphs")
     except BaseException as error:

@@ -202,30 +202,34 @@ def test_flash_attention_gets_the_window_and_the_documents_of_the_plain_one(monk
 
 @pytest.fixture
 def choose(small, monkeypatch):
-    """choose(s, **changes): what a fake H100 takes, and the three lines, once functions are replaced."""
+    """choose(s, **changes): what a fake H100 takes, and the four lines, once functions are replaced."""
     if DEVICE == "cuda":
         pytest.skip("there is a real GPU: tests/gpu/test_gpu.py")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
     real_varlen = varlen.varlen_attn
 
-    def run(s=small, attention=plain_varlen, compiled=lambda f: f, XXT=train_gpt.symmetric_XXT):
+    def run(s=small, attention=plain_varlen, head=lambda f: f, blocks=lambda f: f,
+            XXT=train_gpt.symmetric_XXT):
+        def compile(function, dynamic, fullgraph=False):
+            return head(function) if function is train_gpt.softcapped_loss else blocks(function)
+
         s = replace(s, torch_compile=True)
         # with the signature of the real one
         monkeypatch.setattr(varlen, "varlen_attn", create_autospec(real_varlen, side_effect=attention))
-        monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled(function))
+        monkeypatch.setattr(torch, "compile", compile)
         monkeypatch.setattr(train_gpt, "symmetric_XXT", XXT)
         with OnCPU():
             kernels, lines = train_gpt.choose_kernels(torch.device("cuda"), s)
-        assert [line.split(":")[0] for line in lines] == ["attention", "head", "Newton-Schulz"]
+        assert [line.split(":")[0] for line in lines] == ["attention", "head", "Newton-Schulz", "blocks"]
         return kernels, lines
 
     return run
 
 
 def test_fast_kernels_that_agree_are_taken(choose):
-    kernels, lines = choose(compiled=lambda function: head_of(lambda x: x))
-    fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, train_gpt.symmetric_XXT
+    kernels, lines = choose(head=lambda function: head_of(lambda x: x))
+    fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, train_gpt.symmetric_XXT, True
     assert kernels == fast and kernels.head_loss is not train_gpt.softcapped_loss
     assert not [line for line in lines if "WARNING" in line] and "FlashAttention 3" in lines[0]
 
@@ -237,9 +241,10 @@ def missing(*_, **__):
 DISAGREEING = [  # the line that tells, the kernel that stays plain, the fast one instead, what is found
     (0, "attention", dict(attention=missing), "no such kernel"),
     (0, "attention", dict(attention=lambda *qkv, **more: 1.2 * plain_varlen(*qkv, **more)), "e-01 from"),
-    (1, "head_loss", dict(compiled=lambda f: head_of(lambda x: 1.3 * x - 0.3 * x.detach())), "e-01 from"),
-    (1, "head_loss", dict(compiled=lambda f: head_of(lambda x: x * torch.nan)), "inf from"),
+    (1, "head_loss", dict(head=lambda f: head_of(lambda x: 1.3 * x - 0.3 * x.detach())), "e-01 from"),
+    (1, "head_loss", dict(head=lambda f: head_of(lambda x: x * torch.nan)), "inf from"),
     (2, "XXT", dict(XXT=lambda X, **more: 1.2 * train_gpt.XXT(X, **more)), "e-01 from"),
+    (3, "compiled", dict(blocks=lambda f: lambda *args: f(*args).detach() + 0 * f(*args)), "1.0e+00 from"),
 ]
 
 

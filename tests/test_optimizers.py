@@ -121,7 +121,7 @@ def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folde
 
     error = 0.5 if rank == world_size - 1 else 0.0
     with pytest.MonkeyPatch.context() as patch, OnCPU():
-        patch.setattr(torch, "compile", lambda function, dynamic: function)
+        patch.setattr(torch, "compile", lambda function, **_: function)
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         patch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
         patch.setattr(train_gpt, "symmetric_XXT", lambda X, **more: (1 + error) * train_gpt.XXT(X, **more))

@@ -57,7 +57,7 @@ def wrap_train_gpt(plain: bool) -> None:
     def choose(device, s):
         kernels, lines = choose_kernels(device, s)
         if plain:
-            kernels = train_gpt.Kernels(head_loss=kernels.head_loss)
+            kernels = train_gpt.Kernels(head_loss=kernels.head_loss, compiled=kernels.compiled)
             lines = [*lines, "kernels: after all plain PyTorch, but for the head"]
 
         def head_loss(x, weight, targets):

@@ -33,7 +33,7 @@ import torch
 from phases import milliseconds, take_time, train_gpt
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "kernels:", "ready")  # lines of a log
+SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "blocks:", "kernels:", "ready")  # lines of a log
 SMALL = dict(MODEL_DIM=32, NUM_HEADS=2, MLP_DIM=64, BATCH_TOKENS=512, VAL_SLICE_TOKENS=512, WINDOW_BLOCK=16,
              MAX_SEQ_LEN=128, DTYPE="float32", TORCH_COMPILE=0, DEVICE="cpu", WARMUP_STEPS=3, VOCAB_SIZE=500,
              MICROBATCHES=2, NUM_ITERATIONS=6, VAL_TOKENS=1024)
