@@ -20,7 +20,7 @@ has_packages() {  # whether an interpreter has every package that the files in n
     "$1" - "${needs[@]}" 2> /dev/null <<'PY'
 import fileinput
 from importlib.metadata import version
-from pip._vendor.packaging.requirements import Requirement
+from packaging.requirements import Requirement  # huggingface_hub needs it, too
 for line in fileinput.input():
     if text := line.split("#")[0].strip():
         need = Requirement(text)

@@ -156,7 +156,7 @@ PRESETS = {
         muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
         adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
-    # The speedrun with what has won in the demo, at the size that later records gave it; never run on a GPU
+    # The speedrun with changes that won in the demo, at the sizes of later records; never run on a GPU
     "frontier": dict(
         num_iterations=2420, batch_tokens=262_144, adam_beta1=0.7,  # record 39
         ngram_rows=251_520, ngram_dim=768,  # record 62

@@ -6,7 +6,7 @@ Build the demo's corpus from the source code of the standard library of the Pyth
 The tokens are UTF-8 bytes, 0 to 255, and BOS = 256. Each module is cut at line ends into documents of 640
 bytes or a little more. Every 16th module is held out for validation. Tests are left out, because many
 distributions do not have them, and so are installed packages and generated tables. The documents are
-shuffled in the same way each time, so that a version of Python always gives the same corpus.
+shuffled in the same way each time, so that one build of Python always gives the same corpus.
 """
 
 import argparse

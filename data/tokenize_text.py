@@ -8,8 +8,9 @@ INPUT is a .txt file (one document), a .jsonl file (a document per line, in its 
 (a document per row, in its column "text"), one of these with .gz, a folder of them, or an address on the
 Hugging Face hub, such as hf://datasets/HuggingFaceFW/fineweb/sample/10BT, which is streamed and not stored.
 
-Documents keep their order; empty ones are skipped. Tokens are GPT-2's, or bytes if tiktoken or its vocabulary
-is missing. The first of every --val-every documents goes to validation. Any --workers gives the same bytes.
+Documents keep their order; empty ones are skipped, and long ones are cut into documents of 2,048 tokens (640
+bytes), since training takes no more of one. Tokens are GPT-2's, or bytes if tiktoken or its vocabulary is
+missing. The first of every --val-every documents goes to validation. Any --workers gives the same bytes.
 FOLDER gets its shards when all are complete, and the command that trains on them in command.txt. A run that
 fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-*: delete it.
 """
@@ -34,6 +35,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (".txt", ".jsonl", ".parquet")
 BOS = {"bytes": BYTES_BOS, "gpt2": 50_256}  # also the highest id
+MOST_TOKENS = {"bytes": 641, "gpt2": 2048}  # that training takes of one document
 # What train_gpt.py's presets validate on: tokens, and tokens in one slice
 VALIDATION = {"demo": (49_152, 8192), "speedrun": (10_485_760, 262_144)}
 
@@ -48,10 +50,11 @@ def find_files(inputs: list[str]) -> list[str]:
         names, found = [], "none"
         try:
             file_system, path = fsspec.url_to_fs(given)
-            names = sorted(file_system.find(path) or file_system.glob(path))
+            names = [name for name in file_system.find(path) if "/." not in name.removeprefix(path)]
+            names = sorted(names or file_system.glob(path))
         except Exception as error:  # the hub's client has many classes of them
             found = str(error).split("\n")[0]
-        names = [name for name in names if kind_of(name) in KINDS and "/." not in name.removeprefix(path)]
+        names = [name for name in names if kind_of(name) in KINDS]
         if not names:
             raise DataError(f"{given}: expected files that end in {', '.join(KINDS)}, found {found}; name "
                             "another file or folder.")
@@ -118,6 +121,10 @@ def encode_all(documents: Iterator[bytes], encoding, workers: int) -> Iterator[n
         while some := list(itertools.islice(documents, 512)):  # map() would read all documents at once
             yield from pool.map(encode_gpt2, some, itertools.repeat(encoding))
 
+def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
+    """A document as documents of at most `size` tokens, each with BOS first."""
+    return [np.insert(tokens[i:i + size - 1], 0, tokens[0]) for i in range(1, len(tokens), size - 1)]
+
 def training_command(folder: Path, tokenizer: str, train_tokens: int, val_tokens: int) -> str:
     """The command that trains on these shards: the speedrun on 100M GPT-2 tokens or more, else the demo."""
     preset = "speedrun" if tokenizer == "gpt2" and train_tokens >= SHARD_TOKENS else "demo"
@@ -142,12 +149,14 @@ def run(args: argparse.Namespace) -> None:
     encoded = encode_all(documents, encoding, args.workers) if encoding else map(byte_document, documents)
     try:
         with new_corpus(args.out, "text", args.overwrite) as (train, val):
-            for number, tokens in enumerate(tqdm(encoded, unit=" documents", disable=None)):
-                writer = train if number % args.val_every else val
-                writer.add(tokens)
+            number = 0
+            for tokens in tqdm(encoded, unit=" texts", disable=None):
+                for document in cut(tokens, MOST_TOKENS[tokenizer]):
+                    writer = train if number % args.val_every else val
+                    writer.add(document)
+                    number += 1
             if not train.documents:
-                raise DataError("The inputs: expected documents for training and for validation, found "
-                                f"{val.documents} for validation; add documents.")
+                raise DataError(f"The inputs: expected at least 2 documents, found {number}; add text.")
         command = training_command(args.out, tokenizer, train.tokens, val.tokens)
         (args.out / "command.txt").write_text(command + "\n")
     except OSError as error:
@@ -165,13 +174,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder for the shards")
     add("--overwrite", action="store_true", help="replace the text_*.bin in FOLDER")
     add("--tokenizer", default="auto", choices=("auto", "gpt2", "bytes"))
-    add("--val-every", default=100, type=int, metavar="N", help="each N-th document validates (100)")
+    add("--val-every", default=100, type=int, metavar="N", help="one document of N validates (100)")
     add("--workers", default=4, type=int, metavar="N", help="threads that make GPT-2 tokens (4)")
     add("--text-field", default="text", metavar="NAME", help="field or column of the text (text)")
     add("--limit-documents", type=int, metavar="N", help="stop after N documents")
     args = parser.parse_args(arguments)
-    if min(args.val_every, args.workers, args.limit_documents or 1) < 1:
-        parser.error("--val-every, --workers, --limit-documents: expected numbers of 1 or more")
+    if args.val_every < 2:
+        parser.error("--val-every: expected 2 or more")
+    if min(args.workers, 1 if args.limit_documents is None else args.limit_documents) < 1:
+        parser.error("--workers, --limit-documents: expected 1 or more")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that new_corpus cleans up
     try:
         run(args)

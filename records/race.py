@@ -11,6 +11,7 @@ was stopped; a larger -n adds rounds. records/README.md has the details.
 
 import argparse
 import datetime
+import glob
 import json
 import os
 import re
@@ -24,9 +25,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from report import MAY_DIFFER, SETTING, ReportError, differences, load, race_labels, read_log, report
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,11 +42,9 @@ class Version:
     nproc: int = 1
 
     def environment(self, seed: int) -> dict[str, str]:
-        """Of a run: this process's, the version's overrides, and the seed unless one is set."""
-        env = {"SEED": str(seed), **os.environ, **self.overrides, "LOG_DIR": "logs"}
-        if env.get("DATA_PATH"):
-            env["DATA_PATH"] = os.path.abspath(env["DATA_PATH"])  # it runs in another folder
-        return env
+        """The environment of a run: this process's, the round's seed, and the version's overrides."""
+        env = {**os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs"}
+        return env | {"DATA_PATH": os.path.abspath(env.get("DATA_PATH") or ROOT)}  # it runs in another folder
 
 # ----------------------------------------------------------------------------------------------------------
 # Versions
@@ -68,7 +66,7 @@ def read_version(text: str) -> Version:
     script = Path(base) if base not in ("", "baseline") else ROOT / "train_gpt.py"
     commit = None if script.is_file() else git("rev-parse", "--verify", "--quiet", f"{base}^{{commit}}")
     if not script.is_file() and not commit:
-        raise ReportError(f"{base!r}: expected a script, a git revision or NAME=VALUE, found none of them.")
+        raise ReportError(f"{base!r}: expected a script, a git revision or NAME=VALUE, found none of these.")
     name = Path(base).name.removesuffix(".py")
     default = re.sub(r"[^\w.,+=-]+", "_", "_".join([name, *words])).strip("_") or "baseline"
     return Version(label or default, script, commit, overrides)
@@ -83,10 +81,7 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
     else:
         folder.mkdir()
         shutil.copyfile(version.script, script)
-    (folder / "data").mkdir(exist_ok=True)
-    for entry in (ROOT / "data").glob("*"):  # the shards, which a worktree lacks because git ignores them
-        if not (folder / "data" / entry.name).exists():
-            (folder / "data" / entry.name).symlink_to(entry)
+        (folder / "data").symlink_to(ROOT / "data")  # for demo_corpus.py
     version.source = script.read_text(encoding="utf-8").rstrip("\n")
     done = subprocess.run([sys.executable, "train_gpt.py", "--dry-run"], cwd=folder, text=True,
                           env=version.environment(0), capture_output=True)
@@ -94,7 +89,10 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
         raise ReportError(f"{version.label} cannot run: {done.stderr.strip()}")
     settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
     version.settings = dict(SETTING.findall("\n".join(settings)))
-    version.nproc = int(re.search(r"^batch: (\d+) rank", done.stdout, re.MULTILINE)[1])
+    batch = re.search(r"^batch: (\d+) rank", done.stdout, re.MULTILINE)
+    if not batch:
+        raise ReportError(f"{version.label}: expected a train_gpt.py, found another script.")
+    version.nproc = int(batch[1])
     unknown = version.overrides.keys() - {"PRESET", *map(str.upper, version.settings)}
     if unknown:
         raise ReportError(f"{version.label}: expected names of settings, found {', '.join(sorted(unknown))}.")
@@ -131,9 +129,9 @@ def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     logs = list((version.folder / "logs").rglob("*.txt"))
     if child.returncode or len(logs) != 1:
         raise ReportError(f"{name}: exit code {child.returncode}, {len(logs)} logs. {''.join(output[-12:])}")
-    end = read_log(logs[0]).end
-    part = log.with_suffix(".part")  # a log gets its name once it is whole
+    part = log.with_suffix(".part")
     shutil.copyfile(logs[0], part)
+    end = read_log(part).end  # raises ReportError if it is not whole
     part.replace(log)
     progress.write(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")
 
@@ -156,7 +154,7 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
 
 def out_folder(name: str) -> Path:
     """records/DATE_NAME, with the date of today or of the race that already has this name."""
-    there = sorted((ROOT / "records").glob(f"????-??-??_{name}/race.json"))
+    there = sorted((ROOT / "records").glob(f"????-??-??_{glob.escape(name)}/race.json"))
     return there[-1].parent if there else ROOT / "records" / f"{datetime.date.today()}_{name}"
 
 def main(argv=None) -> int:
@@ -167,6 +165,8 @@ def main(argv=None) -> int:
     parser.add_argument("--name", default="Race", help="logs go to records/DATE_NAME (default: Race)")
     parser.add_argument("--out", type=Path, help="logs go to this folder instead")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds: expected 1 or more, found {args.rounds}")
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, signal.default_int_handler)
     out = args.out or out_folder(args.name)
@@ -175,9 +175,9 @@ def main(argv=None) -> int:
         labels = [version.label for version in versions]
         if len(set(labels)) < len(labels):
             raise ReportError(f"expected different labels, found {labels}; put LABEL: in front of one.")
-        begun = race_labels(out)
+        begun = race_labels(out) if any(out.glob("*/*.txt")) else []
         if begun not in ([], labels):
-            raise ReportError(f"{out}: expected a race of {labels}, found {begun}; name another --out.")
+            raise ReportError(f"{out}: expected a race of {labels}, found {begun}; choose another --name.")
         race(versions, args.rounds, out)
         report(load([out]))
     except (ReportError, OSError) as error:

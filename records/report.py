@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 try:
+    import numpy as np
     from matplotlib.figure import Figure
     from scipy import stats
 except ImportError as error:
-    sys.exit(f"report.py: {error.name} is missing; run: python -m pip install -r records/requirements.txt")
+    sys.exit(f"{error.name} is missing; run: python -m pip install -r requirements.txt "
+             "-r records/requirements.txt")
 
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats per token; of the published speedrun, whose logs have no settings
@@ -254,7 +254,7 @@ def draw(groups: list[Group], path: str) -> None:
     figure.savefig(path, dpi=130)
 
 def leaderboard(check: bool) -> None:
-    """Write the tables of the records and of all records. Raises ReportError for a wrong record."""
+    """Write the records' tables, and that of all sets with a target. Raises ReportError."""
     board = [["date", "what changed", "hardware", *COLUMNS]]
     for page in sorted(RECORDS.glob("????-??-??_*/README.md"), reverse=True):  # others are no records yet
         record, groups = page.parent, load([page.parent])
@@ -266,7 +266,8 @@ def leaderboard(check: bool) -> None:
             if group.runs[0].round and missing:
                 raise ReportError(f"{record}, {group.label}: expected {min(missing)}, found none.")
             link = f"[{title}]({record.name})" + f": {group.label}" * (len(groups) > 1)
-            board.append([record.name[:10], link, group.hardware, *cells(group)])
+            if group.target:
+                board.append([record.name[:10], link, group.hardware, *cells(group)])
             against = "-" if group is groups[0] else compare(group, groups[0])
             table.append([group.label, *cells(group), against])
         write_table(page, table, check)
@@ -296,6 +297,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if bool(args.logs) == args.leaderboard:
         parser.error("expected either logs and folders of logs, or --leaderboard")
+    if args.plot is not None and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+        parser.error(f"--plot: expected a file name that ends in .png, .svg or .pdf, found {args.plot!r}")
     try:
         if args.leaderboard:
             leaderboard(args.check)

@@ -95,9 +95,9 @@ def test_the_same_command_continues_a_race_and_a_larger_n_adds_rounds(racing):
     assert racing.run(racing.a, racing.b, "-n", 3)[:2] == (0, ["a 1 2", "a 1 3", "b 1 3"])
 
 
-def test_a_seed_in_the_environment_or_of_a_version_holds_in_all_rounds(racing, monkeypatch):
+def test_a_versions_seed_holds_in_all_rounds_and_one_in_the_environment_in_none(racing, monkeypatch):
     monkeypatch.setenv("SEED", "4")
-    assert racing.run(racing.a, f"{racing.b} SEED=9", "-n", 1)[:2] == (0, ["a 1 4", "b 1 9"])
+    assert racing.run(racing.a, f"{racing.b} SEED=9", "-n", 1)[:2] == (0, ["a 1 1", "b 1 9"])
 
 
 def test_a_run_has_the_processes_that_its_plan_names(racing, monkeypatch):
@@ -116,7 +116,8 @@ def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(rac
 def test_a_log_that_is_not_complete_does_not_count(racing):
     cut = racing.script("a", extra="path.write_text(path.read_text()[:-60])\n")
     code, _, _, err = racing.run(cut, "-n", 1)
-    assert code == 1 and not racing.logs() and "a/logs/run.txt: not the log of a complete run: " in err
+    assert code == 1 and racing.logs() == ["a/round-01.part"]
+    assert "a/round-01.part: not the log of a complete run: " in err
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
@@ -143,7 +144,7 @@ def test_a_race_is_not_continued_with_other_versions(racing, monkeypatch):
         code, calls, _, err = racing.run(*versions, "-n", 1)
         assert code == 1 and not calls and what in err and err.count("\n") == 1
 
-    refused("expected a race of ['b', 'a'], found ['a', 'b']; name another --out.", racing.b, racing.a)
+    refused("expected a race of ['b', 'a'], found ['a', 'b']; choose another --name.", racing.b, racing.a)
     refused("differ in width (1, 2): restore it", f"a:{racing.a} WIDTH=2", racing.b)
     refused("differ in seed (1, 7): restore it", f"a:{racing.a} SEED=7", racing.b)
     monkeypatch.setenv("TARGET_LOSS", "2")

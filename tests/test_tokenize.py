@@ -106,6 +106,24 @@ def test_the_bytes_are_the_same_for_any_number_of_workers_and_the_limit_holds(tm
     assert len(read_shard(tmp_path / "1" / SHARDS[0], 50256)) == 1401 - 15
 
 
+def test_a_long_text_is_cut_into_documents_that_training_takes_whole(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(3 * 640 + 1))
+    (tmp_path / "book.txt").write_text(text)
+    made(tmp_path / "book.txt", out=tmp_path / "out", val_every=2)
+    assert texts_in(tmp_path / "out", "val") == [text[:640], text[1280:1920]]
+    assert texts_in(tmp_path / "out", "train") == [text[640:1280], text[-1]]
+
+
+def test_hidden_files_are_left_out_but_a_hidden_folder_can_be_named(tmp_path):
+    folder = tmp_path / ".cache"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".git/b.txt"):
+        (folder / name).touch()
+    for given in (folder, folder / "*.txt"):
+        assert tokenize_text.find_files([str(given)]) == [str(folder / "a.txt")]
+    assert tokenize_text.find_files([str(tmp_path / ".cache/")]) == [str(folder / "a.txt")]
+
+
 def test_a_shard_ends_before_the_document_that_would_make_it_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
     lengths = [1, 9, 5, 4, 1, 3, 25, 4, 4]  # and BOS; the first document is for validation
@@ -188,11 +206,12 @@ def test_missing_files_and_too_few_documents_are_one_sentence(tmp_path, refused)
         (tmp_path / "kind.csv").touch()
         text = refused(tmp_path / path, out=tmp_path / "out")
         assert text.startswith(f"{tmp_path / path}: expected files that end in .txt, .jsonl, .parquet, found")
-    assert "expected documents for training and for validation" in refused(a, a, out=tmp_path / "out")
+    assert "expected at least 2 documents, found 1; " in refused(a, a, out=tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("wrong", [dict(val_every="x"), dict(limit_documents=-1), dict(workers=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(val_every="x"), dict(val_every=1), dict(limit_documents=0), dict(workers=0)])
 def test_wrong_arguments_end_with_code_2(tmp_path, capsys, wrong):
     with pytest.raises(SystemExit, match="2"):
         tokenize_text.main(arguments("a.jsonl", out=tmp_path / "out", **wrong))

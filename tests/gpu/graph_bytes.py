@@ -8,7 +8,7 @@ It is a count, not a time: the bytes that the kernels and products of GPT.hidden
 write for one microbatch of the speedrun. Nothing is computed: tensors have shapes and no values, the blocks
 are traced on the CPU as torch.compile traces them, and Inductor plans the kernels of both graphs as if they
 were on the GPU. Of a buffer, such as a bank of weights, our count takes what a kernel uses; Inductor's own
-takes all of it. What is kept is all that the forward graph hands on, less parameters and inputs.
+takes all of it. What is kept is all that the forward graph saves, without parameters and inputs.
 """
 
 import argparse

@@ -10,6 +10,7 @@ fill a step without a gap; that of a collective is how long the GPU waits for it
 but for the head. The log's line `phases:` is JSON: long window -> phase -> ms, the median of its steps.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -58,7 +59,7 @@ def wrap_train_gpt(plain: bool) -> None:
         kernels, lines = choose_kernels(device, s)
         if plain:
             kernels = train_gpt.Kernels(head_loss=kernels.head_loss, compiled=kernels.compiled)
-            lines = [*lines, "kernels: after all plain PyTorch, but for the head"]
+            lines = [*lines, "kernels: --plain: plain PyTorch, except the head"]
 
         def head_loss(x, weight, targets):
             mark("blocks, forward")
@@ -105,5 +106,7 @@ def phases_of_steps() -> dict[int, dict[str, float]]:
     return found
 
 if __name__ == "__main__":
-    wrap_train_gpt(plain="--plain" in sys.argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--plain", action="store_true")
+    wrap_train_gpt(parser.parse_args().plain)
     sys.exit(train_gpt.main([]))

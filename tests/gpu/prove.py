@@ -9,10 +9,10 @@ The parts, the most important first:
      all GPUs, with the times of a step's phases (phases.py);
   2. the tests of the kernels;
   3. text/fp8-head-1 and -0: 60 steps at full width on the demo's text, with the head in float8 or bfloat16;
-  4. shapes/plain: as 1, at one attention window, with plain kernels, of which no two are in one phase;
+  4. shapes/plain: as 1, at one attention window, with plain kernels, one in a phase at most;
   5. operations on their own: Newton-Schulz on what one rank of 8 has, and the head's weight gradient.
-FOLDER gets summary.md; shapes/ and text/ with the runs' logs, which records/report.py reads; and console/
-with what the parts print. A part that fails or finds no time left is named at the end, and stops no other;
+FOLDER gets summary.md; the runs' logs, for records/report.py, in folders of these names; and console/ with
+what the parts print. A part that fails or finds no time left is named at the end, and stops no other;
 the exit code is then 1. roofline.py puts an estimate beside the phases.
 """
 
@@ -110,6 +110,8 @@ def train(report: Report, name: str, processes: int, *options: str, **settings) 
 def compare_losses(report: Report, name: str) -> None:
     """Of the two runs on text."""
     text = [column for run, column in report.columns.items() if run.startswith("text/")]
+    if len(text) < 2:
+        raise ValueError("a run is missing")
     float8, bfloat16 = (float(column["val_loss"]) for column in text)
     difference = float8 - bfloat16
     report.add(name, f"{difference:+.4f} nats a byte; at most {FP8_TOLERANCE} is expected")
@@ -123,7 +125,7 @@ def test_kernels(report: Report, name: str) -> None:
     report.add(name, output.strip().splitlines()[-1])
 
 def time_call(function, *args) -> float:
-    """ms of a call, the mean of 10. They are launched while the GPU sleeps: in a step, too, it is behind."""
+    """ms of a call, the mean of 10, launched while the GPU sleeps: in a step, too, launches are hidden."""
     for _ in range(3):
         function(*args)
     if torch.cuda.is_initialized():

@@ -4,8 +4,8 @@ What a step should cost on paper: FLOPs and bytes of each phase from the shapes 
     python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured prove/shapes/fast/log.txt]
 
 Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set. A part takes as
-long as its FLOPs or its bytes, whichever is longer; parts follow one another. Collectives are counted whole,
-as if nothing hid them; launches, waiting and imbalance are not counted. --measured puts what phases.py
+long as its FLOPs or its bytes, whichever is longer; parts follow one another, and no collective overlaps with
+computation. Launches, waiting and imbalance are not counted. --measured puts what phases.py
 measured beside the estimate. None of this program's own numbers is a measurement.
 """
 
@@ -126,7 +126,14 @@ def main(argv=None) -> int:
         about = f"{meaning} (default: {default:g})"
         parser.add_argument(f"--{name}", type=float, default=default, help=about)
     args = parser.parse_args(argv)
-    s, *_ = train_gpt.read_settings({"PRESET": "speedrun", **os.environ})
+    try:
+        s, *_ = train_gpt.read_settings({"PRESET": "speedrun", **os.environ})
+    except train_gpt.UserError as error:
+        parser.error(str(error))
+    if problem := train_gpt.world_size_problem(s, args.ranks):
+        parser.error(problem)
+    if s.dtype != "bfloat16" or not s.fp8_head or s.ngram_rows:
+        parser.error("expected DTYPE=bfloat16, FP8_HEAD=1 and NGRAM_ROWS=0; nothing else is estimated")
     rates, totals, measured = {name: getattr(args, name) for name in RATES}, {}, {}
     if args.measured:
         measured = read_phases(args.measured.read_text(encoding="utf-8"))
