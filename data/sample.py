@@ -1,7 +1,7 @@
 """
 Print text that the model of a checkpoint writes.
 
-    python data/sample.py logs/RUN/step_000100.safetensors --prompt "def main(" --length 200
+    python data/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200
 
 The vocabulary is bytes (VOCAB_SIZE=257), or GPT-2's, which needs tiktoken and, once, a network to fetch it.
 It runs on the CPU, with the settings that the checkpoint holds, and draws at a temperature of 0.8.
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompt", default="", help="how the text begins")
     parser.add_argument("--length", type=int, default=300, help="most tokens to draw (default: 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     try:
         model, windows = load_model(args.checkpoint)
