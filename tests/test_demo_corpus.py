@@ -40,6 +40,7 @@ def library(tmp_path, monkeypatch):
     for i in range(40):
         (folder / f"m{i:02}.py").write_text(f"# {i:02}\n" * (100 + 20 * i))
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+    monkeypatch.setattr(demo_corpus, "HELD_OUT", {"m00", "m16", "m32", "not/there"})
     return folder
 
 
@@ -53,8 +54,9 @@ def test_parts_end_at_the_first_line_end_after_the_size_and_together_are_the_tex
 def test_the_corpus_is_the_standard_library_and_training_uses_nine_tenths_of_it(built, run_main):
     assert sorted(path.name for path in built.iterdir()) == SHARDS
     documents = [document for name in SHARDS for document in read_shard(built / name)]
-    modules = demo_corpus.standard_library(demo_corpus.Path(sysconfig.get_paths()["stdlib"]))
-    assert sum(map(len, documents)) == sum(map(len, modules))
+    training, validation = demo_corpus.standard_library(demo_corpus.Path(sysconfig.get_paths()["stdlib"]))
+    assert sum(map(len, documents)) == sum(map(len, training + validation))
+    assert len(validation) > 20, "most of the modules held out are in this Python"
     files = dict(TRAIN_FILES=built / SHARDS[0], VAL_FILES=built / SHARDS[1])
     code, shown, said = run_main("--dry-run", PRESET="demo", DEVICE="cpu", **files)
     assert (code, said) == (0, "") and float(re.search(r"uses [\d,]+ \((.+)%\)", shown)[1]) > 90
@@ -71,7 +73,7 @@ def test_two_builds_write_the_same_bytes_and_a_third_replaces_only_shards(librar
     assert files(tmp_path / "b") == files(tmp_path / "a") | {"notes": b""}
 
 
-def test_every_16th_module_is_held_out_and_cut_in_the_same_way(library, tmp_path, monkeypatch):
+def test_named_modules_are_held_out_and_cut_in_the_same_way(library, tmp_path, monkeypatch):
     assert build(tmp_path / "out", monkeypatch) == 0
     training, held_out = (read_shard(tmp_path / "out" / name) for name in SHARDS)
     assert {bytes(text[:5].tolist()) for text in held_out} == {b"# 00\n", b"# 16\n", b"# 32\n"}
@@ -80,14 +82,15 @@ def test_every_16th_module_is_held_out_and_cut_in_the_same_way(library, tmp_path
 
 
 def test_what_cannot_be_decoded_tests_and_tables_are_left_out(library):
-    before = demo_corpus.standard_library(library)
+    training, validation = demo_corpus.standard_library(library)
     (library / "z.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
     (library / "broken.py").write_bytes(b"#\n" * 99 + b"# caf\xe9\n")
     (library / "empty.py").touch()
     (library / "_sysconfigdata_x.py").write_text("x = 1\n")
     (library / "test").mkdir()
     (library / "test" / "module.py").write_text("x = 1\n")
-    assert demo_corpus.standard_library(library) == [*before, "# coding: latin-1\n# café\n".encode()]
+    training.append("# coding: latin-1\n# café\n".encode())
+    assert demo_corpus.standard_library(library) == (training, validation)
 
 
 def test_an_error_is_one_sentence(library, tmp_path, monkeypatch, capsys):
@@ -96,4 +99,4 @@ def test_an_error_is_one_sentence(library, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(f"{tmp_path / 'file'}: cannot write the demo's shards here: ")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
     assert build(tmp_path / "out", monkeypatch) == 1 and not (tmp_path / "out").exists()
-    assert "found 0 modules; use a Python that includes it." in capsys.readouterr().err
+    assert "found 0 modules to train on and 0 to validate on; use a Python" in capsys.readouterr().err
