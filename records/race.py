@@ -44,7 +44,9 @@ class Version:
     def environment(self, seed: int) -> dict[str, str]:
         """The environment of a run: this process's, the round's seed, and the version's overrides."""
         env = {**os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs"}
-        return env | {"DATA_PATH": os.path.abspath(env.get("DATA_PATH") or ROOT)}  # it runs in another folder
+        if env.keys() & {"DATA_PATH", "TRAIN_FILES", "VAL_FILES"}:  # it runs in another folder
+            env["DATA_PATH"] = os.path.abspath(env.get("DATA_PATH") or ROOT)
+        return env
 
 # ----------------------------------------------------------------------------------------------------------
 # Versions
@@ -81,7 +83,10 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
     else:
         folder.mkdir()
         shutil.copyfile(version.script, script)
-        (folder / "data").symlink_to(ROOT / "data")  # for demo_corpus.py
+    (folder / "data").mkdir(exist_ok=True)
+    for entry in (ROOT / "data").glob("*"):  # the shards, which a worktree lacks because git ignores them
+        if not (folder / "data" / entry.name).exists():
+            (folder / "data" / entry.name).symlink_to(entry)
     version.source = script.read_text(encoding="utf-8").rstrip("\n")
     done = subprocess.run([sys.executable, "train_gpt.py", "--dry-run"], cwd=folder, text=True,
                           env=version.environment(0), capture_output=True)
