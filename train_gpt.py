@@ -226,7 +226,9 @@ def find_contradictions(s: Settings) -> list[str]:
     ]
     found = [f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}."
              for name, fits, expected in rows if not fits]
-    return found + [problem for problem in [s.nproc and world_size_problem(s, s.nproc)] if problem]
+    if s.nproc and (problem := world_size_problem(s, s.nproc)):
+        found.append(problem)
+    return found
 
 def read_settings(environ) -> tuple[Settings, list[str], str]:
     """The settings, the names of those that the environment sets, and a line on the choice of the preset.
@@ -1301,7 +1303,7 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_f
     """One optimizer step, number `step` from 1. Returns its status over all ranks, float32 on the host: mean
     loss, number of requests to stop, and for each parameter whether its gradient was not finite; and the CUDA
     event of its arrival there (None on a CPU), so that the host need not wait for later steps."""
-    s, device = model.settings, model.cos.device
+    s, device = model.settings, model.scalars.device
     num_microbatches = s.num_microbatches(optimizer.world_size)
     loss_sum = torch.zeros((), device=device)
     for _ in range(num_microbatches // optimizer.world_size):
@@ -1318,12 +1320,13 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_f
     status = status.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
     return status, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
 
-def warm_up(model: GPT, optimizer: ShardedOptimizer, batch: Batch, val_tokens: np.ndarray) -> int:
+def warm_up(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray) -> int:
     """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit. Returns
-    how many."""
+    how many. All take the first batch."""
     s = model.settings
     if not s.warmup_steps:
         return 0
+    batch = next(batches)
     states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # not in the GPU's memory
@@ -1333,10 +1336,10 @@ def warm_up(model: GPT, optimizer: ShardedOptimizer, batch: Batch, val_tokens: n
         windows = window_pairs[i % len(window_pairs)]
         train_step(model, optimizer, repeat(batch), i + 1, 1.0, s.muon_momentum_start, windows)
     if model.kernels.compiled:
-        _, batch = next(validation_batches(val_tokens, s, 0, 1, model.cos.device))
+        _, val_batch = next(validation_batches(val_tokens, s, 0, 1, model.scalars.device))
         with torch.no_grad():
             for windows in window_pairs:
-                model(*batch, windows)
+                model(*val_batch, windows)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
     return num_steps
@@ -1487,8 +1490,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         graphs = torch._dynamo.utils.counters["stats"]
         if kernels.compiled:
             compile_blocks(model)
-        batch = next(train_batches(plan, s, rank, world_size, device, 0))
-        num_steps = warm_up(model, optimizer, batch, val_tokens)
+        num_steps = warm_up(model, optimizer, train_batches(plan, s, rank, world_size, device, 0), val_tokens)
         batches = train_batches(plan, s, rank, world_size, device, first_step)
         ready, compiled = f"ready after {time.monotonic() - begun:.1f} s", graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from shards import DataError, byte_document, new_corpus
 
-# Every 16th module of CPython 3.11.7; another Python may lack some. With one list for all of them, losses are
-# alike: they depend more on which modules are held out than on what training changes.
+# Every 16th module of CPython 3.11.7; another Python may lack some. The list is the same for all of them, so
+# that their losses compare.
 HELD_OUT = set("""
     __future__ _threading_local asyncio/events asyncio/taskgroups cgi ctypes/wintypes distutils/_msvccompiler
     config-3.11-x86_64-linux-gnu/python-config distutils/command/config distutils/dist doctest email/message

@@ -149,14 +149,14 @@ def run(args: argparse.Namespace) -> None:
     encoded = encode_all(documents, encoding, args.workers) if encoding else map(byte_document, documents)
     try:
         with new_corpus(args.out, "text", args.overwrite) as (train, val):
-            number = 0
             for tokens in tqdm(encoded, unit=" texts", disable=None):
                 for document in cut(tokens, MOST_TOKENS[tokenizer]):
+                    number = train.documents + val.documents
                     writer = train if number % args.val_every else val
                     writer.add(document)
-                    number += 1
             if not train.documents:
-                raise DataError(f"The inputs: expected at least 2 documents, found {number}; add text.")
+                raise DataError("The inputs: expected at least 2 documents, found "
+                                f"{val.documents}; add text.")
         command = training_command(args.out, tokenizer, train.tokens, val.tokens)
         (args.out / "command.txt").write_text(command + "\n")
     except OSError as error:

@@ -278,8 +278,8 @@ def test_a_shard_that_is_cut_while_in_use_ends_the_run_after_whole_batches(corpu
 
 
 def no_disk(rank):
-    """The loader's thread of rank 1 fails in the third step. Six batches are for the warm-up."""
-    batches = iter([None] * (6 + 10))
+    """The loader's thread of rank 1 fails in the third step."""
+    batches = iter([None] * 10)
 
     def fail(*_):
         if threading.current_thread().name.startswith("loader") and next(batches, "none") == "none":
