@@ -282,21 +282,21 @@ def choose_preset(environ) -> tuple[str, str]:
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, float32 (T, 1, K // 2) each.
+    """cos, (T, 1, 1, K // 2), and sin and -sin, (T, 1, 2, K // 2), of every position's angles, float32.
     Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
     token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
     n = head_dim // 4
     frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
-    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None, None]
+    sin = angles.sin()
+    return angles.cos(), torch.cat((sin, -sin), dim=-2)
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021); x: (T, H, K), float32; channel j pairs with j + K // 2."""
-    y = (x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)).flatten(-2)
-    (a, b), (y_a, y_b) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    y_a.addcmul_(b, sin)
-    y_b.addcmul_(a, sin, value=-1)
-    return y
+    """Rotary position embedding (Su et al., 2021); x: (T, H, K), float32; channel j pairs with j + K // 2.
+    With the halves (a, b) of x: (a cos + b sin, b cos - a sin). One formula for both halves, since
+    torch.compile would compute each of two formulas for all channels."""
+    x = x.unflatten(-1, (2, -1))
+    return (x * cos).addcmul_(x.flip(-2), sin).flatten(-2)
 
 class Norm(torch.autograd.Function):
     """RMS norm without a gain, in float32, of x or of x rotated. For the backward pass, keep the result."""
@@ -491,8 +491,8 @@ class GPT(nn.Module):
         dim, dtype = self.settings.model_dim, self.settings.torch_dtype
         rows, sizes = self.attn_bank.flatten(0, 1), (3 * dim, dim) * self.num_attn
         attn = [w.to(dtype) for w in rows.split((*sizes, len(rows) - sum(sizes)))]
-        gates = repeat(None) if self.gate_bank is None else [w.to(dtype) for w in self.gate_bank]
-        mlp = [w.to(dtype) for w in self.mlp_bank]
+        gates = repeat(None) if self.gate_bank is None else [w.to(dtype) for w in self.gate_bank.unbind()]
+        mlp = [w.to(dtype) for w in self.mlp_bank.unbind()]  # without unbind, its gradient compiles badly
         return zip(attn[:-1:2], attn[1::2], gates), zip(mlp[0::2], mlp[1::2])
 
 @torch.no_grad()
@@ -521,7 +521,8 @@ def init_weights(model: GPT, seed: int) -> None:
 # Optimizers: Muon for the blocks' matrices, Adam for the rest, both sharded over the ranks
 #
 # A rank owns an equal slice of each parameter's rows, and keeps optimizer state for it alone. A step:
-#   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient;
+#   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient; that of the head,
+#      which the backward pass completes first, is under way while the rest of the backward pass runs;
 #   2. step: it updates its rows of each parameter, as soon as their gradient has arrived;
 #   3. all_gather: the updated rows are gathered, so that all ranks hold the same parameters, bit for bit.
 
@@ -598,15 +599,33 @@ class ShardedOptimizer:
             p_slice = p.data.chunk(world_size)[rank]
             state = {key: torch.zeros_like(p_slice) for key in rule.state_names}
             self.sharded_params.append(ShardedParam(name, p, rule, lr, p_slice, state))
+        self.last_microbatch = False  # whether the backward pass under way completes the step's gradients
+
+    def reduce_scatter_early(self, name: str) -> None:
+        """From now on, phase 1 of this parameter starts in the backward pass that completes its gradient."""
+        sp, = (sp for sp in self.sharded_params if sp.name == name)
+
+        def start_if_complete(_):
+            if self.last_microbatch:
+                self.start_reduce_scatter(sp)
+
+        sp.param.register_post_accumulate_grad_hook(start_if_complete)
+
+    def start_reduce_scatter(self, sp: ShardedParam) -> None:
+        """Phase 1 of one parameter. Clears its gradient."""
+        grad = sp.param.grad.contiguous()
+        sp.param.grad = None
+        if self.world_size > 1:
+            sp.grad_slice = torch.empty_like(sp.p_slice)
+            sp.handle = reduce_scatter_tensor(sp.grad_slice, grad, async_op=True)
+        else:
+            sp.grad_slice = grad
 
     def reduce_scatter(self) -> None:
-        """Phase 1, started for every parameter. Clears the parameters' gradients."""
+        """Phase 1, started for every parameter for which it has not started yet."""
         for sp in self.sharded_params:
-            grad = sp.grad_slice = sp.param.grad.contiguous()
-            sp.param.grad = None
-            if self.world_size > 1:
-                sp.grad_slice = torch.empty_like(sp.p_slice)
-                sp.handle = reduce_scatter_tensor(sp.grad_slice, grad, async_op=True)
+            if sp.grad_slice is None:
+                self.start_reduce_scatter(sp)
 
     @torch.no_grad()
     def step(self, lr_factor: float, momentum: float, step: int) -> list[Tensor]:
@@ -643,19 +662,33 @@ def make_optimizer(model: GPT, s: Settings, rank: int, world_size: int) -> Shard
     if new := params.keys() - table.keys():
         raise KeyError(f"make_optimizer has no row for {new}")
     rows = {name: (params[name], *row) for name, row in table.items() if name in params}
-    return ShardedOptimizer(rows, rank, world_size)
+    optimizer = ShardedOptimizer(rows, rank, world_size)
+    optimizer.reduce_scatter_early("lm_head")
+    return optimizer
 
 # ----------------------------------------------------------------------------------------------------------
 # Fast kernels for GPUs: each is used only if its results agree with its plain version's
 #
 # Softcapped logits lie between 0 and 30, so float32 can sum their exponentials as they are. With
-# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s). Divisions are slow on a GPU: 1 / u is rsqrt(u)^2.
+# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s).
 
-EXP, RATE = 30 / math.log(2), -1 / (7.5 * math.log(2))
+EXP = 30 / math.log(2)
 
 @triton.jit
-def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr, RATE: tl.constexpr,
-                        BLOCK: tl.constexpr):
+def softcap_sigmoid(z, TANH: tl.constexpr):
+    """sigmoid(z / 7.5), float32. TANH: by the GPU's approximation of tanh (relative error 2^-11), one special
+    function instead of two: their rate would bound both kernels."""
+    if TANH:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z * (1 / 15)], dtype=tl.float32,
+                                         is_pure=True, pack=1)
+        return 0.5 + 0.5 * half
+    else:
+        r = tl.rsqrt(1 + tl.exp2(z * (-1 / (7.5 * 0.6931471805599453))))  # log(2)
+        return r * r  # divisions are slow on a GPU
+
+@triton.jit
+def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr,
+                        TANH: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: log2 of the sum of the exponentials, and the loss."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * num_columns
@@ -663,16 +696,15 @@ def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < num_columns, other=0.0).to(tl.float32)
-        r = tl.rsqrt(1 + tl.exp2(RATE * z))
-        total += tl.where(column < num_columns, tl.exp2(EXP * r * r), 0.0)
+        total += tl.where(column < num_columns, tl.exp2(EXP * softcap_sigmoid(z, TANH)), 0.0)
     log_sum = tl.log2(tl.sum(total, 0))
-    r = tl.rsqrt(1 + tl.exp2(RATE * tl.load(logits + tl.load(targets + row)).to(tl.float32)))
+    target_logit = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     tl.store(log_sums + row, log_sum)
-    tl.store(losses + row, log_sum * (30 / EXP) - 30 * r * r)
+    tl.store(losses + row, log_sum * (30 / EXP) - 30 * softcap_sigmoid(target_logit, TANH))
 
 @triton.jit
 def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_rows, num_columns,
-                        EXP: tl.constexpr, RATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                        EXP: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program per tile: scale times the loss's gradient by the logits, and its transpose."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -680,8 +712,7 @@ def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_ro
     place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
     target = tl.load(targets + row, mask=row < num_rows, other=0)
     log_sum = tl.load(log_sums + row, mask=row < num_rows, other=0.0)
-    r = tl.rsqrt(1 + tl.exp2(RATE * tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)))
-    s = r * r
+    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), TANH)
     grad = tl.exp2(EXP * s - log_sum[:, None]) - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     grad = (grad * (s - s * s) * (4 * scale)).to(grads.dtype.element_ty)
     tl.store(grads + place, grad, mask=inside)
@@ -690,16 +721,20 @@ def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_ro
 
 @triton.jit
 def cast_fp8_kernel(x, out, out_t, factor, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program per tile: factor * x as e4m3 (which has no infinity: clamped to +-448), and transposed."""
+    """One program per tile: factor * x as e4m3 (which has no infinity: clamped to +-448), and transposed.
+    The tile is read twice: with tl.trans, a quarter of the transposed numbers was wrong if x was float32 and
+    the ptxas of Triton 3.6 (12.8) compiled the kernel (records/2026-11-26_H200)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
     y = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * factor
-    y = tl.minimum(tl.maximum(y, -448.0), 448.0).to(out.dtype.element_ty)
-    tl.store(out + place, y, mask=inside)
+    tl.store(out + place, tl.minimum(tl.maximum(y, -448.0), 448.0).to(out.dtype.element_ty), mask=inside)
+    inside = (column < num_columns)[:, None] & (row < num_rows)[None, :]
+    place = row.to(tl.int64)[None, :] * num_columns + column[:, None]
+    y = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * factor
     place = column.to(tl.int64)[:, None] * num_rows + row[None, :]
-    tl.store(out_t + place, tl.trans(y), mask=tl.trans(inside))
+    tl.store(out_t + place, tl.minimum(tl.maximum(y, -448.0), 448.0).to(out.dtype.element_ty), mask=inside)
 
 TILE = dict(ROWS=64, COLUMNS=128, num_warps=8)
 
@@ -720,9 +755,16 @@ def softcap_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and log2 of the sums of exponentials, (T,) float32 each. logits: (T, V), contiguous."""
     losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
     block = min(4096, triton.next_power_of_2(logits.size(1)))
-    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP, RATE, block,
-                                      num_warps=8)
+    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP,
+                                      logits.is_cuda, block, num_warps=8)
     return losses, log_sums
+
+def softcap_grad(logits: Tensor, targets: Tensor, log_sums: Tensor, scale: float, dtype: torch.dtype):
+    """scale times the gradient of the summed losses by the logits, (T, V) of `dtype`, and its transpose."""
+    grads, grads_t = empty_pair(logits, dtype)
+    softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, scale, grads, grads_t,
+                                           *logits.shape, EXP, logits.is_cuda, **TILE)
+    return grads, grads_t
 
 class Float8HeadLoss(torch.autograd.Function):
     """softcapped_loss with products in float8 and a fused loss (@YouJiacheng). x and weight are e4m3, the
@@ -742,13 +784,11 @@ class Float8HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x8_t, w8_t, targets, logits, log_sums = ctx.saved_tensors
         x_scale, w_scale, grad_scale = ctx.scales
-        grads, grads_t = empty_pair(logits, torch.float8_e5m2)
-        softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, 448.0, grads, grads_t,
-                                               *logits.shape, EXP, RATE, **TILE)
+        grads, grads_t = softcap_grad(logits, targets, log_sums, 448.0, torch.float8_e5m2)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
-        w_grad = torch._scaled_mm(x8_t, grads_t.mT, x_scale, grad_scale, out_dtype=torch.float32)
-        return x_grad, w_grad.T, None  # record 30 measured this order of the product as faster
+        w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
+        return x_grad, w_grad, None
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
@@ -812,66 +852,120 @@ class Kernels(NamedTuple):
 
 def compile_blocks(model: GPT) -> None:
     """torch.compile for the blocks: a graph for each pair of windows, in training and in validation."""
-    num_graphs = 1 + 2 * len(model.settings.window_schedule.split(","))  # and one in trial_run
+    num_graphs = 1 + 2 * len(model.settings.window_schedule.split(","))  # and one in KernelTrial
     torch._dynamo.config.recompile_limit = max(8, num_graphs)
     model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
 
-def trial_run(kernels: Kernels, device: torch.device, s: Settings) -> list[Tensor]:
-    """Loss and gradients of one block on random weights and tokens, and orthogonalised random matrices."""
-    s = replace(s, layout="AM", value_embeds="0", window_pattern="L", batch_tokens=1024, microbatches=1)
-    model, generator = GPT(s, kernels), torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():  # of a size that keeps logits and gates in their useful range
-        p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04, generator=generator)
-    if kernels.compiled:
-        compile_blocks(model)
-    tokens = torch.randint(s.vocab_size, (1025,), generator=generator).to(device)
-    cu_seqlens = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
-    loss = model.to(device)(tokens[:-1].int(), tokens[1:], cu_seqlens, 640, (384, 384))
-    loss.backward()
-    G = torch.randn(3, s.model_dim, s.mlp_dim, generator=generator).to(device)
-    gradients = [model.embed.grad, model.attn_bank.grad, model.mlp_bank.grad, model.lm_head.grad]
-    return [loss.detach(), *gradients, newton_schulz(G, s.torch_dtype, kernels.XXT)]
+class KernelTrial:
+    """One block with random weights and tokens, and random matrices: a case on which kernels are compared."""
+    def __init__(self, device: torch.device, s: Settings):
+        self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L", batch_tokens=1024,
+                                    microbatches=1, val_slice_tokens=1024)
+        torch.manual_seed(0)
+        with device:  # 120 million random numbers: a GPU draws them at once, a CPU in three seconds
+            self.model = GPT(s, Kernels())
+        for name, p in self.model.named_parameters():  # logits and gates get values in their useful range
+            p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04)
+        tokens = torch.randint(s.vocab_size, (1025,), device=device)
+        starts = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
+        self.batch = Batch(tokens[:-1].int(), tokens[1:], starts, 640)
+        self.matrices = torch.randn(3, s.model_dim, s.mlp_dim, device=device)
+        self.expected = self.results(Kernels())
+
+    def results(self, kernels: Kernels) -> dict[str, Tensor]:
+        """Loss, gradients and orthogonalised matrices. Compiled kernels stay compiled: try them last."""
+        model = self.model
+        model.kernels = kernels
+        model.zero_grad()
+        if kernels.compiled:
+            compile_blocks(model)
+        loss = model(*self.batch, (384, 384))
+        loss.backward()
+        names = "embed", "attn_bank", "mlp_bank", "lm_head"
+        results = {f"gradient of {name}": getattr(model, name).grad for name in names}
+        results["loss"] = loss.detach()
+        results["Newton-Schulz"] = newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)
+        return results
+
+    def error(self, kernels: Kernels) -> tuple[Tensor, str]:
+        """The largest relative error among the results, float32, (), with inf for nan; and its name."""
+        results, names = self.results(kernels), list(self.expected)
+        errors = [(results[name] - x.float()).norm() / x.float().norm() for name, x in self.expected.items()]
+        errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
+        return errors.max(), names[int(errors.argmax())]
+
+class Candidate(NamedTuple):
+    """A fast kernel that a run may take."""
+    kind: str  # what it computes
+    name: str
+    fields: dict  # of Kernels
+    tolerance: float  # of the relative error on KernelTrial
+    prepare: Callable = int  # is called before the trial
+    advice: str = ""  # for the log if this is not taken
+
+FA3_ADVICE = ("; version 3 is faster on this GPU: python -m pip install flash-attn-3 --index-url "
+              "https://download.pytorch.org/whl/cu130, or cu126")
+
+def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]:
+    """The fast kernels for a GPU; of a kind, the fastest first."""
+    found, bfloat16 = [], s.dtype == "bfloat16"
+    if bfloat16:  # FlashAttention has no float32, and tiles of float32 need more shared memory than there is
+        activate, restore = torch.nn.attention.activate_flash_attention_impl, restore_flash_attention_2
+        flash = dict(attn_args=varlen_args, attention=flash_attention)
+        if capability[0] == 9:
+            found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3"),
+                                   FA3_ADVICE))
+        found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03, restore))
+    if (s.fp8_head and bfloat16 and capability >= (8, 9)
+            and s.padded_vocab % 16 == 0 and s.model_dim % 16 == 0):
+        found.append(Candidate("head", "float8, fused loss", dict(head_loss=Float8HeadLoss.apply), 0.1))
+    if s.torch_compile:
+        compiled = torch.compile(softcapped_loss, dynamic=False)
+        found.append(Candidate("head", f"{s.dtype}, torch.compile", dict(head_loss=compiled), 0.03))
+    if bfloat16:
+        half = "half of each symmetric product"
+        found.append(Candidate("Newton-Schulz", half, dict(XXT=symmetric_XXT), 0.1))
+    if s.torch_compile:  # the last, with the attention that was chosen
+        found.append(Candidate("blocks", "torch.compile", dict(compiled=True), 0.1))
+    return found
+
+def restore_flash_attention_2() -> None:
+    torch.nn.attention.restore_flash_attention_impl(False)  # False: no warning if it is active already
 
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
-    """The kernels for `device`, and a line for each that gives the choice and its reason. A fast kernel must
-    agree with the plain one on a small case on the run's own GPU, on every rank."""
+    """The kernels for `device`, and a line for each kind that gives the choice and its reason. On a GPU, a
+    fast kernel, beside those chosen before it, must agree with the plain ones on KernelTrial on all ranks."""
     if device.type == "cpu":
         return Kernels(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
+    candidates = list_candidates(torch.cuda.get_device_capability(device), s)
+    trial = KernelTrial(device, s) if candidates else None
     chosen, lines = Kernels(), []
-    capability, attention = torch.cuda.get_device_capability(device), "FlashAttention 2 of PyTorch"
-    if capability[0] == 9:
-        try:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-            attention = "FlashAttention 3"
-        except Exception as error:  # whatever fails, use version 2
-            attention += (f" (WARNING: version 3 is faster on this GPU; python -m pip install flash-attn-3 "
-                          f"--index-url https://download.pytorch.org/whl/cu130, or cu126; found {error!r})")
-    fp8 = (s.fp8_head and s.dtype == "bfloat16" and capability >= (8, 9)
-           and s.padded_vocab % 16 == s.model_dim % 16 == 0)
-    compiled = torch.compile(softcapped_loss, dynamic=False) if s.torch_compile else softcapped_loss
-    head = ("float8, fused loss", Float8HeadLoss.apply, 0.1) if fp8 else (s.dtype, compiled, 0.03)
-    rows = [("attention", attention, dict(attn_args=varlen_args, attention=flash_attention), 0.03),
-            ("head", head[0], dict(head_loss=head[1]), head[2]),
-            ("Newton-Schulz", "half of each symmetric product", dict(XXT=symmetric_XXT), 0.1)]
-    if s.torch_compile:
-        rows.append(("blocks", "torch.compile", dict(compiled=True), 0.1))
-    plain = trial_run(chosen, device, s)
-    for kind, name, functions, tolerance in rows:
-        error, why = torch.tensor(math.inf, device=device), ""
-        try:
-            pairs = zip(trial_run(Kernels(**functions), device, s), plain)
-            error = torch.stack([(x - y.float()).norm() / y.float().norm() for x, y in pairs]).max()
-        except Exception as raised:  # whatever fails, use the plain version
-            why = repr(raised)
-        error = error.nan_to_num(math.inf)
-        if dist.is_initialized():
-            dist.all_reduce(error, op=dist.ReduceOp.MAX)
-        if error <= tolerance:
-            chosen = chosen._replace(**functions)
-            lines.append(f"{kind}: {name}; {error:.1e} from plain PyTorch on a small case")
+    for kind in ("attention", "head", "Newton-Schulz", "blocks"):
+        taken, rejected = "", []
+        for candidate in candidates:
+            if candidate.kind != kind or taken:
+                continue
+            tried = chosen._replace(**candidate.fields)
+            error, where = torch.tensor(math.inf, device=device), ""
+            try:
+                candidate.prepare()
+                error, where = trial.error(tried)
+            except Exception as raised:  # whatever fails, use another
+                where = repr(raised)
+            if dist.is_initialized():
+                dist.all_reduce(error, op=dist.ReduceOp.MAX)
+            if error <= candidate.tolerance:
+                chosen = tried
+                taken = f"{candidate.name}; {error:.1e} from plain PyTorch on a small case"
+            else:
+                rejected.append(f"; {candidate.name} was {error:.1e} from plain PyTorch on a small case, "
+                                f"more than {candidate.tolerance:g} ({where}){candidate.advice}")
+        if not rejected:
+            reason = f"nothing else for DTYPE={s.dtype} and TORCH_COMPILE={s.torch_compile:d}"
+            lines.append(f"{kind}: {taken or f'plain PyTorch ({reason})'}")
         else:
-            lines.append(f"{kind}: WARNING: plain PyTorch, much slower; {name} was {error:.1e} from it on "
-                         f"a small case, more than {tolerance:g} {why}")
+            lines.append(f"{kind}: WARNING: {taken or 'plain PyTorch, much slower'}{''.join(rejected)}")
     return chosen, lines
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1306,7 +1400,9 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_f
     s, device = model.settings, model.scalars.device
     num_microbatches = s.num_microbatches(optimizer.world_size)
     loss_sum = torch.zeros((), device=device)
-    for _ in range(num_microbatches // optimizer.world_size):
+    count = num_microbatches // optimizer.world_size
+    for number in range(count):
+        optimizer.last_microbatch = number == count - 1
         loss = model(*next(batches), windows) / num_microbatches
         loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
         loss_sum += loss.detach()

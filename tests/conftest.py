@@ -199,12 +199,12 @@ def forked(rank, environ, printed, faults):
     sys.exit(train_gpt.main([]))
 
 
-def before(owner, name, hook):
-    """Have hook(*its arguments) called before a function of a module or class."""
+def before(owner, name, hook, monkeypatch=None):
+    """Have hook(*its arguments) called before a function of a module or class; monkeypatch undoes it."""
     real = getattr(owner, name)
 
     def hooked(*args, **kwargs):
         hook(*args, **kwargs)
         return real(*args, **kwargs)
 
-    setattr(owner, name, hooked)
+    (monkeypatch.setattr if monkeypatch else setattr)(owner, name, hooked)

@@ -14,7 +14,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
-from conftest import CPU, environment, normal, relative
+from conftest import CPU, before, environment, normal, relative
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,29 +72,34 @@ def test_the_plain_loss_is_softcapped_in_float32_whatever_the_dtype():
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # to infinity, whose reciprocal is right
-@pytest.mark.parametrize("rows, columns", [(1, 2), (65, 130), (3, 4100)])
-def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, columns):
+@pytest.mark.parametrize("rows, columns", [(1, 2), (65, 130), (3, 4100), (64, 256)])
+def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, columns, monkeypatch):
+    """Every element of them is written. A GPU's tanh is off by 2^-11 at most: by 30 / 2^12 in a loss."""
+    empty_pair, exactly = train_gpt.empty_pair, DEVICE == "cpu"
+    poisoned = lambda *case: [x.fill_(torch.nan) for x in empty_pair(*case)]  # noqa: E731
+    monkeypatch.setattr(train_gpt, "empty_pair", poisoned)
     logits, targets = 15 * normal(rows, columns), torch.arange(rows) % columns
     logits[0] = torch.where(torch.arange(columns) % 2 == 0, 1e4, -1e4)  # far beyond the softcap
     leaf = logits.double().requires_grad_()
     exact = exact_losses(leaf, targets)
     logits, targets = logits.to(DEVICE), targets.to(DEVICE)
     losses, log_sums = train_gpt.softcap_loss(logits, targets)
-    torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=1e-5, atol=1e-5)
-    out, out_t = train_gpt.empty_pair(logits, torch.float32)
-    train_gpt.softcap_grad_kernel[train_gpt.tile_grid(logits)](
-        logits, targets, log_sums, 7.0, out.fill_(torch.nan), out_t.fill_(torch.nan), rows, columns,
-        train_gpt.EXP, train_gpt.RATE, **train_gpt.TILE)
+    atol = 1e-5 if exactly else 0.015
+    torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=1e-5, atol=atol)
+    out, out_t = train_gpt.softcap_grad(logits, targets, log_sums, 7.0, torch.float32)
     grads = 7 * torch.autograd.grad(exact.sum(), leaf)[0]
-    torch.testing.assert_close(out.cpu().double(), grads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.cpu().double(), grads, rtol=1e-4 if exactly else 0.02,
+                               atol=1e-5 if exactly else 0.005)
     assert torch.equal(out_t.T, out)
 
 
-def test_cast_fp8_divides_by_the_scale_clamps_and_transposes():
-    x = 100 * normal(65, 130)
+@pytest.mark.parametrize("rows, columns", [(65, 130), (128, 256)])  # the second: whole, aligned tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cast_fp8_divides_by_the_scale_clamps_and_transposes(rows, columns, dtype):
+    x = (100 * normal(rows, columns)).to(dtype)
     x[0, :2] = torch.tensor([1e9, -1e9])
     out, out_t = train_gpt.cast_fp8(x.to(DEVICE), 0.25)
-    assert torch.equal(out.cpu().float(), (4 * x).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert torch.equal(out.cpu().float(), (4 * x.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float())
     assert torch.equal(out_t.float(), out.float().T) and out_t.is_contiguous()
 
 
@@ -111,7 +116,7 @@ def test_the_float8_head_is_the_formula_on_rounded_factors():
     logits = (x8 @ w8.T).bfloat16().double().requires_grad_()
     exact = exact_losses(logits, targets).sum()
     grad = rounded(torch.autograd.grad(exact, logits)[0], 1 / 448, FLOAT8[1]) / 8  # not before it is rounded
-    assert relative(loss.detach(), exact.detach()) < (1e-5 if DEVICE == "cpu" else 2e-4)
+    assert relative(loss.detach(), exact.detach()) < (1e-5 if DEVICE == "cpu" else 1e-3)
     assert x_grad.dtype == torch.bfloat16 and relative(x_grad, grad @ w8) < 0.01
     assert weight_grad.dtype == torch.float32 and relative(weight_grad, grad.T @ x8) < 0.005
 
@@ -187,6 +192,15 @@ def plain_varlen(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, *, scale
     return train_gpt.banded_attention(q, k, v, mask, scale)
 
 
+symmetric_XXT = train_gpt.symmetric_XXT
+
+
+def symmetric_in_float32(X, base=None, **factors):
+    """The symmetric product, whose factors the interpreter cannot read in bfloat16."""
+    base = None if base is None else base.float()
+    return symmetric_XXT(X.float(), base, **factors).type_as(X)
+
+
 def head_of(change):
     return lambda *case: change(train_gpt.softcapped_loss(*case))
 
@@ -207,14 +221,14 @@ def choose(small, monkeypatch):
         pytest.skip("there is a real GPU: tests/gpu/test_gpu.py")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
-    real_varlen = varlen.varlen_attn
+    real_varlen, in_bfloat16 = varlen.varlen_attn, replace(small, dtype="bfloat16")
 
-    def run(s=small, attention=plain_varlen, head=lambda f: f, blocks=lambda f: f,
-            XXT=train_gpt.symmetric_XXT):
+    def run(s=in_bfloat16, attention=plain_varlen, head=lambda f: f, blocks=lambda f: f,
+            XXT=symmetric_in_float32, torch_compile=True):
         def compile(function, dynamic, fullgraph=False):
             return head(function) if function is train_gpt.softcapped_loss else blocks(function)
 
-        s = replace(s, torch_compile=True)
+        s = replace(s, torch_compile=torch_compile)
         # with the signature of the real one
         monkeypatch.setattr(varlen, "varlen_attn", create_autospec(real_varlen, side_effect=attention))
         monkeypatch.setattr(torch, "compile", compile)
@@ -229,7 +243,7 @@ def choose(small, monkeypatch):
 
 def test_fast_kernels_that_agree_are_taken(choose):
     kernels, lines = choose(head=lambda function: head_of(lambda x: x))
-    fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, train_gpt.symmetric_XXT, True
+    fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, symmetric_in_float32, True
     assert kernels == fast and kernels.head_loss is not train_gpt.softcapped_loss
     assert not [line for line in lines if "WARNING" in line] and "FlashAttention 3" in lines[0]
 
@@ -238,40 +252,89 @@ def missing(*_, **__):
     raise ImportError("no such kernel")
 
 
+def failing_once_compiled(monkeypatch):
+    """varlen_attn that works, but not once torch.compile was called."""
+    compiled = []
+
+    def attention(*qkv, **more):
+        return missing() if compiled else plain_varlen(*qkv, **more)
+
+    return dict(attention=attention, blocks=lambda f: compiled.append(f) or f)
+
+
 DISAGREEING = [  # the line that tells, the kernel that stays plain, the fast one instead, what is found
     (0, "attention", dict(attention=missing), "no such kernel"),
     (0, "attention", dict(attention=lambda *qkv, **more: 1.2 * plain_varlen(*qkv, **more)), "e-01 from"),
     (1, "head_loss", dict(head=lambda f: head_of(lambda x: 1.3 * x - 0.3 * x.detach())), "e-01 from"),
     (1, "head_loss", dict(head=lambda f: head_of(lambda x: x * torch.nan)), "inf from"),
+    (1, "head_loss", dict(head=lambda f: head_of(lambda x: x * torch.inf)), "inf from"),
     (2, "XXT", dict(XXT=lambda X, **more: 1.2 * train_gpt.XXT(X, **more)), "e-01 from"),
     (3, "compiled", dict(blocks=lambda f: lambda *args: f(*args).detach() + 0 * f(*args)), "1.0e+00 from"),
+    (3, "compiled", failing_once_compiled, "no such kernel"),
 ]
 
 
 @pytest.mark.parametrize("line, field, changes, found", DISAGREEING)
-def test_a_fast_kernel_that_fails_or_disagrees_is_not_taken(choose, line, field, changes, found):
-    kernels, lines = choose(**changes)
+def test_a_fast_kernel_that_fails_or_disagrees_is_not_taken(choose, monkeypatch, line, field, changes, found):
+    kernels, lines = choose(**(changes(monkeypatch) if callable(changes) else changes))
     assert getattr(kernels, field) is getattr(train_gpt.Kernels(), field)
     assert [i for i, text in enumerate(lines) if "WARNING: plain PyTorch" in text] == [line]
     assert found in lines[line]
 
 
+def test_the_trials_build_one_model_and_no_fast_kernel_is_tried_twice(choose, monkeypatch):
+    built, tried = [], []
+    before(train_gpt.GPT, "__init__", lambda *_: built.append(1), monkeypatch)
+    before(train_gpt.KernelTrial, "results", lambda _, kernels: tried.append(kernels), monkeypatch)
+    choose()
+    assert len(built) == 1 and len(tried) == 1 + 4, "the plain kernels, then each with those before it"
+    assert [fast.compiled for fast in tried] == [False] * 4 + [True]
+    assert tried[-1].attention is train_gpt.flash_attention
+
+
 @pytest.mark.parametrize("changes, capability, fp8", [
     ({}, (9, 0), True), ({}, (8, 9), True), ({}, (8, 0), False), (dict(fp8_head=False), (9, 0), False),
-    (dict(dtype="float32"), (9, 0), False), (dict(vocab_multiple=8), (9, 0), False)])
+    (dict(vocab_multiple=8), (9, 0), False)])
 def test_float8_is_used_where_it_can_be(choose, small, monkeypatch, changes, capability, fp8):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    s = replace(small, **dict(dtype="bfloat16", vocab_multiple=16) | changes)
-    kernels, lines = choose(s, XXT=train_gpt.XXT)
+    kernels, lines = choose(replace(small, **dict(dtype="bfloat16", vocab_multiple=16) | changes))
     expected = train_gpt.Float8HeadLoss.apply if fp8 else train_gpt.softcapped_loss
     assert kernels.head_loss == expected and ("float8" in lines[1]) == fp8
+
+
+def test_float32_takes_neither_flash_attention_nor_tiles_and_warns_of_nothing(choose, small, monkeypatch):
+    kernels, lines = choose(small, attention=missing, XXT=missing)
+    assert kernels == train_gpt.Kernels(compiled=True) and "WARNING" not in "".join(lines)
+    kernels, lines = choose(small, attention=missing, XXT=missing, torch_compile=False)
+    assert kernels == train_gpt.Kernels() and "WARNING" not in "".join(lines)
+    assert "nothing else for DTYPE=float32 and TORCH_COMPILE=0" in lines[0]
 
 
 def test_without_flash_attention_3_a_hopper_says_loudly_how_to_install_it(choose, monkeypatch):
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", missing)
     kernels, lines = choose()
-    assert "WARNING" in lines[0] and "pip install flash-attn-3" in lines[0]
+    assert lines[0].startswith("attention: WARNING: FlashAttention 2 of PyTorch; ")
+    assert "pip install flash-attn-3" in lines[0] and "no such kernel" in lines[0]
     assert kernels.attention is train_gpt.flash_attention
+
+
+def test_a_flash_attention_3_that_fails_its_trial_makes_way_for_version_2(choose, monkeypatch):
+    active = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda warn: active.clear())
+
+    def attention(*qkv, **more):
+        return (1.2 if active else 1) * plain_varlen(*qkv, **more)
+
+    kernels, lines = choose(attention=attention)
+    assert lines[0].startswith("attention: WARNING: FlashAttention 2 of PyTorch; ") and not active
+    assert "FlashAttention 3 was 2.0e-01 from" in lines[0] and kernels.attention is train_gpt.flash_attention
+
+
+def test_plain_attention_never_runs_on_cudnn(choose):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    choose()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -284,7 +347,7 @@ def compile_for_hopper(folder):
     from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource, compile
 
-    constants = dict(EXP=train_gpt.EXP, RATE=train_gpt.RATE)
+    constants = dict(EXP=train_gpt.EXP, TANH=True)
     tile = {name: value for name, value in train_gpt.TILE.items() if name != "num_warps"}
     loss = dict(logits="*bf16", targets="*i64", losses="*fp32", log_sums="*fp32", num_columns="i32")
     grad = loss | dict(scale="fp32", grads="*fp8e5", grads_t="*fp8e5", num_rows="i32")

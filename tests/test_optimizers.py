@@ -113,6 +113,8 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
         bits = from_all_ranks(q.numpy().tobytes(), world_size)
         assert len(set(bits)) == 1, f"ranks differ in {name}"
     orders = from_all_ranks(called, world_size)
+    head = tuple(s_ // world_size if i == 0 else s_ for i, s_ in enumerate(one.lm_head.shape))
+    assert called[0] == ("reduce_scatter_tensor", head), "the head's is under way first"
     assert len(called) == 3 * (2 * 7 + 1) and all(order == orders[0] for order in orders), orders
 
 
@@ -125,7 +127,7 @@ def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folde
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         patch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
         patch.setattr(train_gpt, "symmetric_XXT", lambda X, **more: (1 + error) * train_gpt.XXT(X, **more))
-        kernels, lines = train_gpt.choose_kernels(torch.device("cuda"), settings())
+        kernels, lines = train_gpt.choose_kernels(torch.device("cuda"), settings(dtype="bfloat16"))
     assert kernels.XXT is train_gpt.XXT and kernels.attention is train_gpt.flash_attention, lines
 
 

@@ -1,7 +1,9 @@
 """The programs for GPUs: prove.py in its small form on a CPU, and the counts of roofline.py."""
 
+import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -19,38 +21,60 @@ import roofline  # noqa: E402
 
 
 @pytest.mark.slow
-def test_prove_runs_small_on_a_cpu_and_leaves_tables_and_logs_fit_for_records(tmp_path):
-    command = [sys.executable, ROOT / "tests/gpu/prove.py", "--small", "--out", tmp_path]
+def test_prove_runs_all_parts_small_on_a_cpu_and_leaves_a_summary_and_an_archive_with_the_logs(tmp_path):
+    out = tmp_path / "prove"
+    command = [sys.executable, ROOT / "tests/gpu/prove.py", "--small", "--out", out]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    groups = [group for kind in ("shapes", "text") for group in report.load([tmp_path / kind])]
-    assert [x.label for x in groups] == ["fast", "plain", "fp8-head-0", "fp8-head-1"]
-    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in out.iterdir()) == ["prove.tar.gz", "summary.md"]
+    summary = (out / "summary.md").read_text(encoding="utf-8")
+    assert done.stdout.endswith(summary + "\n"), "the summary is what is printed last"
     assert summary.endswith("\n## result\n\npassed\n")
-    rows = [line.strip("| ").split(" | ") for line in summary.splitlines() if line.startswith("| ")]
-    header, _, *phases, total, step_avg, _, _ = rows
-    assert header == ["phase", "shapes/fast, 48", "shapes/fast, 112", "shapes/fast, 176",
-                      "text/fp8-head-1, 112", "text/fp8-head-0, 112", "shapes/plain, 112"]
-    found = [[float(ms) for ms in row[1:]] for row in phases]
-    assert len(found) == 10 and min(map(min, found)) > 0
-    assert [sum(ms) for ms in zip(*found)] == pytest.approx([float(ms) for ms in total[1:]], abs=0.01)
-    assert float(total[-1]) == pytest.approx(float(step_avg[-1]), rel=0.5), "the phases fill a step"
+    titles = [line[3:] for line in summary.splitlines() if line.startswith("## ")]
+    assert titles == ["machine", *prove.PARTS.split(","), "result"]
+    rows = dict(re.findall(r"^\| (.*?) \| ([\d.]+) \|$", summary, re.MULTILINE))
+    phases = [float(ms) for name, ms in rows.items() if name.startswith("112: ")]
+    assert len(phases) == 11 and min(phases) > 0 and sum(phases[:-1]) == pytest.approx(phases[-1], abs=0.01)
+    assert phases[-1] == pytest.approx(float(rows["step_avg"]), rel=0.5), "the phases fill a step"
+    with tarfile.open(out / "prove.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    logs = sorted(path.name for path in (tmp_path / "prove").glob("*log.txt"))
+    runs = ["checks-fp8-0-seed-0", "checks-fp8-1-seed-0", "demo", "shapes"]
+    assert logs == [f"{run}-log.txt" for run in runs]
+    assert report.read_log(tmp_path / "prove" / "shapes-log.txt").end.step == 6
 
 
-def test_a_part_that_fails_or_finds_no_time_left_is_named_and_stops_no_other(tmp_path):
-    proof = prove.Report(tmp_path, minutes=0)
+def test_a_part_that_fails_or_finds_no_time_left_is_named_and_stops_no_other(tmp_path, capsys):
+    proof = prove.Report(tmp_path / "out", tmp_path, minutes=0)
 
     def run(proof, name, program):
-        proof.add(name, prove.run(proof, name, ["-c", program]))
+        proof.add(name, prove.finish(proof, prove.start(proof, name, ["-c", program])))
 
-    proof.part("late", run, "import time; time.sleep(60)")
+    proof.part("late", run, "import time; print('begun', flush=True); time.sleep(60)")
     proof.deadline += 60
-    proof.part("wrong", run, "raise SystemExit('the reason')")
-    proof.part("right", run, "print('its figure')")
+    assert not proof.part("wrong", run, "raise SystemExit('the reason')")
+    assert proof.part("right", run, "print('its figure')")
     late, wrong = proof.problems
-    assert late == "FAILED: late: TimeoutError: no time was left"
+    assert late.startswith("FAILED: late: TimeoutError: no time was left")
     assert wrong.startswith("FAILED: wrong: RuntimeError: exit code 1;") and "the reason" in wrong
-    assert (tmp_path / "summary.md").read_text(encoding="utf-8") == "## right\n\nits figure\n\n"
+    assert "## right\n\nits figure\n" in (tmp_path / "out/summary.md").read_text(encoding="utf-8")
+    assert "the reason" in capsys.readouterr().out
+
+
+def test_a_gpu_with_a_plain_kernel_is_not_measured_further(tmp_path, monkeypatch):
+    lines = ["attention: WARNING: plain PyTorch, much slower; FlashAttention 2 of PyTorch was inf from it"]
+    monkeypatch.setattr(train_gpt, "choose_kernels", lambda device, s: (train_gpt.Kernels(), lines))
+    proof = prove.Report(tmp_path / "out", tmp_path, minutes=1)
+    prove.prove(proof, ["kernels", "operations"], 1, True, 1, tmp_path)
+    assert [*proof.sections] == ["kernels"] and "much slower" in proof.problems[0]
+
+
+def test_settings_in_the_environment_apply_to_the_shapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WINDOW_SCHEDULE", "11")
+    monkeypatch.setattr(prove, "run_shapes", lambda report, name, processes, settings: asked.update(settings))
+    asked = {}
+    prove.prove(prove.Report(tmp_path / "out", tmp_path, 1), ["shapes"], 1, True, 1, tmp_path)
+    assert asked["WINDOW_SCHEDULE"] == "11" and asked["PRESET"] == "speedrun"
 
 
 def counted(function):

@@ -1,13 +1,18 @@
 """
-Run train_gpt.py, and add to its log how long each phase of a step takes.
+Run train_gpt.py, and add to its log what the time of a step goes to.
 
-    torchrun --standalone --nproc_per_node=N tests/gpu/phases.py [--plain]
+    python3 tests/gpu/phases.py [--profile FILE] [--variants ROUNDS]                # one process
+    torchrun --standalone --nproc_per_node=N tests/gpu/phases.py [...]              # several
 
 Settings come from the environment, as for train_gpt.py. This program imports that script, wraps some of its
 functions, and calls its main(). The wrappers put marks on the GPU's stream (CUDA events; on a CPU they take
 the time). The time from one mark to the next belongs to the phase that the later one names, so the phases
-fill a step without a gap; that of a collective is how long the GPU waits for it. --plain takes plain kernels,
-but for the head. The log's line `phases:` is JSON: long window -> phase -> ms, the median of its steps.
+fill a step without a gap; that of a collective is how long the GPU waits for it. The log's line `phases:` is
+JSON: long window -> phase -> ms, the median of its steps.
+
+--profile FILE: after the run, one more step under torch.profiler; FILE gets its kernels, the largest first.
+--variants ROUNDS: after the run, that many rounds of steps: one with the run's kernels, then one with each
+kernel replaced by its plain version. The log's line `variants:` is JSON: variant -> ms of a step, by round.
 """
 
 import argparse
@@ -15,8 +20,11 @@ import json
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from statistics import median
+from types import MethodType
 
 import torch
 
@@ -26,6 +34,9 @@ import train_gpt  # noqa: E402
 
 marks = []  # (step, long window, phase, time) of every mark, from training's first step on
 now = 0, 0  # the step under way and its long window
+head_loss = None  # the function that computes the head's loss in the step under way
+last_step_arguments = ()  # of train_step in the last step
+first_batch = None
 
 def take_time():
     """A CUDA event, which takes the time when the GPU gets to it, or, on a CPU, the time in seconds."""
@@ -37,7 +48,9 @@ def take_time():
 
 def milliseconds(before, after) -> float:
     """Between two results of take_time, which the GPU has passed."""
-    return 1000 * (after - before) if isinstance(after, float) else before.elapsed_time(after)
+    if isinstance(after, float):
+        return 1000 * (after - before)
+    return before.elapsed_time(after)
 
 def mark(phase: str) -> None:
     marks.append((*now, phase, take_time()))
@@ -50,31 +63,32 @@ def marked(function, phase: str):
         return result
     return call
 
-def wrap_train_gpt(plain: bool) -> None:
-    choose_kernels, train_step = train_gpt.choose_kernels, train_gpt.train_step
+def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
+    choose_kernels, train_step, train = train_gpt.choose_kernels, train_gpt.train_step, train_gpt.train
     wait, result = train_gpt.ShardedParam.wait, train_gpt.Log.result
     train_batches = train_gpt.train_batches
 
     def choose(device, s):
+        global head_loss
         kernels, lines = choose_kernels(device, s)
-        if plain:
-            kernels = train_gpt.Kernels(head_loss=kernels.head_loss, compiled=kernels.compiled)
-            lines = [*lines, "kernels: --plain: plain PyTorch, except the head"]
+        head_loss = kernels.head_loss
 
-        def head_loss(x, weight, targets):
+        def head_loss_with_marks(x, weight, targets):
             mark("blocks, forward")
             x.register_hook(lambda grad: mark("head, backward"))
-            return kernels.head_loss(x, weight, targets)
-        return kernels._replace(head_loss=marked(head_loss, "head, forward")), lines
+            return head_loss(x, weight, targets)
+        return kernels._replace(head_loss=marked(head_loss_with_marks, "head, forward")), lines
 
     def batches_with_marks(*args):
+        global first_batch
         for batch in train_batches(*args):
+            first_batch = first_batch or batch
             mark("batch")
             yield batch
 
     def step_with_marks(model, optimizer, batches, step, lr_factor, momentum, windows, *stop):
-        global now
-        now = step, windows[0]
+        global now, last_step_arguments
+        now, last_step_arguments = (step, windows[0]), (step, lr_factor, momentum, windows)
         if step == 1:
             marks.clear()  # those of the warm-up, whose steps count from 1, too
         mark("between steps")
@@ -88,9 +102,21 @@ def wrap_train_gpt(plain: bool) -> None:
         result(self, *args)
         self.write(f"phases: {json.dumps(phases_of_steps())}", console=False)
 
+    def train_and_measure(model, optimizer, batches, val_tokens, s, log, *rest):
+        code = train(model, optimizer, batches, val_tokens, s, log, *rest)
+        step = partial(train_step, model, optimizer, repeat(first_batch), *last_step_arguments)
+        if profile:
+            log.write(f"profile: {profile_step(step, profile if log.file else None)}")
+        if rounds:
+            graphs = torch._dynamo.utils.counters["stats"]
+            compiled = graphs["unique_graphs"]
+            log.write(f"variants: {json.dumps(time_variants(step, model, optimizer, s, rounds))}")
+            graphs["unique_graphs"] = compiled  # those of the variants are not the run's
+        return code
+
     train_gpt.choose_kernels, train_gpt.train_step = choose, step_with_marks
     train_gpt.ShardedParam.wait, train_gpt.Log.result = wait_with_mark, result_and_phases
-    train_gpt.train_batches = batches_with_marks
+    train_gpt.train_batches, train_gpt.train = batches_with_marks, train_and_measure
     torch.Tensor.backward = marked(torch.Tensor.backward, "blocks, backward")
     train_gpt.Muon.update = marked(train_gpt.Muon.update, "Muon")
     train_gpt.Adam.update = marked(train_gpt.Adam.update, "Adam")
@@ -105,8 +131,88 @@ def phases_of_steps() -> dict[int, dict[str, float]]:
         found[window][phase] = median(steps.values())
     return found
 
+def wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+def profile_step(step, path: Path | None) -> str:
+    """Profile a call of step(). `path` gets a table of the kernels (on a CPU: operations), the largest first.
+    Returns a line that sums it up."""
+    on_gpu = torch.cuda.is_initialized()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    step()
+    wait_for_gpu()
+    begun = time.perf_counter()
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        step()
+        wait_for_gpu()
+    elapsed = 1000 * (time.perf_counter() - begun)
+    found = []
+    for event in profiler.key_averages():
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append((microseconds / 1000, event.count, event.key))
+    found.sort(reverse=True)
+    lines = [f"{ms:9.3f} ms {count:6} x  {name[:150]}" for ms, count, name in found if ms > 0]
+    if path:  # on rank 0
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    busy = sum(ms for ms, *_ in found)
+    return f"one step, {busy:.1f} ms in {len(lines)} kinds of kernels, {elapsed:.1f} ms with the profiler"
+
+def time_variants(step, model, optimizer, s, rounds: int) -> dict[str, list[float]]:
+    """variant -> ms of a step in each round; the variants alternate."""
+    fast, compiled, rules = model.kernels, model.hidden, [sp.rule for sp in optimizer.sharded_params]
+    fast_head = head_loss
+    plain_head = train_gpt.softcapped_loss
+    if s.torch_compile:
+        plain_head = torch.compile(plain_head, dynamic=False)
+
+    def use_fast():
+        global head_loss
+        head_loss, model.kernels, model.hidden = fast_head, fast, compiled
+        for sp, rule in zip(optimizer.sharded_params, rules):
+            sp.rule = rule
+
+    def use_plain_head():
+        global head_loss
+        head_loss = plain_head
+
+    def use_plain_newton_schulz():
+        for sp in optimizer.sharded_params:
+            if isinstance(sp.rule, train_gpt.Muon):
+                sp.rule = sp.rule._replace(XXT=train_gpt.XXT)
+
+    def use_uncompiled_blocks():
+        model.hidden = MethodType(train_gpt.GPT.hidden, model)
+
+    def use_uncompiled_blocks_and_plain_attention():
+        use_uncompiled_blocks()
+        model.kernels = fast._replace(attn_args=train_gpt.banded_mask, attention=train_gpt.banded_attention)
+
+    variants = {
+        "the run's kernels": use_fast,
+        "head in bfloat16": use_plain_head,
+        "Newton-Schulz with whole products": use_plain_newton_schulz,
+        "blocks without torch.compile": use_uncompiled_blocks,
+        "blocks without torch.compile, plain attention": use_uncompiled_blocks_and_plain_attention,
+    }
+    found = defaultdict(list)
+    for number in range(rounds + 1):  # the first, in which what is new is compiled, does not count
+        for name, use in variants.items():
+            use_fast()
+            use()
+            wait_for_gpu()
+            begun = time.perf_counter()
+            step()
+            wait_for_gpu()
+            if number:
+                found[name].append(round(1000 * (time.perf_counter() - begun), 3))
+    use_fast()
+    return found
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--plain", action="store_true")
-    wrap_train_gpt(parser.parse_args().plain)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--variants", type=int, default=0, metavar="ROUNDS")
+    options = parser.parse_args()
+    wrap_train_gpt(options.profile, options.variants)
     sys.exit(train_gpt.main([]))

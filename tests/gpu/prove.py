@@ -1,165 +1,260 @@
 """
 Check this machine's GPUs in one command, and leave logs and tables of what was measured.
 
-    python tests/gpu/prove.py [--out FOLDER]     # on GPUs, at most 8 minutes
-    python tests/gpu/prove.py --small            # tiny, on a CPU: shows that this program runs, and no more
+    python3 tests/gpu/prove.py [--out FOLDER] [--parts NAMES] [--minutes N]    # on GPUs, five minutes
+    python3 tests/gpu/prove.py --small      # tiny, on a CPU: shows that this program runs, and no more
 
-The parts, the most important first:
-  1. shapes/fast: 20 steps of the speedrun's shapes on synthetic shards, by train_gpt.py under torchrun, on
-     all GPUs, with the times of a step's phases (phases.py);
-  2. the tests of the kernels;
-  3. text/fp8-head-1 and -0: 60 steps at full width on the demo's text, with the head in float8 or bfloat16;
-  4. shapes/plain: as 1, at one attention window, with plain kernels, one in a phase at most;
-  5. operations on their own: Newton-Schulz on what one rank of 8 has, and the head's weight gradient.
-FOLDER gets summary.md; the runs' logs, for records/report.py, in folders of these names; and console/ with
-what the parts print. A part that fails or finds no time left is named at the end, and stops no other;
-the exit code is then 1. roofline.py puts an estimate beside the phases.
+The parts, in the order of what they tell:
+  collectives   NCCL with one process: both asynchronous collectives, all_reduce, barrier
+  kernels       which kernels train_gpt.py chooses here; after a plain one, no other part is run
+  shapes        20 steps of the speedrun's shapes at one attention window on synthetic shards, on all GPUs:
+                time and phases of a step (phases.py), memory, the largest kernels, and steps without each
+                fast kernel
+  operations    single operations alone (operations.py)
+  checks        the tests of the kernels, and 60 steps at full width with the head in float8 and in bfloat16,
+                not compiled, all side by side
+  demo          the demo, on the GPU
+Settings in the environment apply to `shapes` and to the steps of `checks`: PRESET, WINDOW_SCHEDULE=11, other
+TRAIN_FILES. FOLDER gets two files, which are brought up to date after each part: summary.md, and
+prove.tar.gz with the runs' logs and everything that the parts print. A part that fails, or finds no time
+left, is named at the end; the exit code is then 1. roofline.py puts an estimate beside the phases.
 """
 
 import argparse
+import gc
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from phases import milliseconds, take_time, train_gpt
+import torch.distributed as dist
+from operations import time_operations
+from phases import train_gpt
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "blocks:", "kernels:", "ready")  # lines of a log
+SHOWN = ("batch:", "attention:", "head:", "Newton-Schulz:", "blocks:", "kernels:", "ready", "target ",
+         "profile:", "compiled since", "WARNING, while timed")  # the lines of a log that the summary repeats
 SMALL = dict(MODEL_DIM=32, NUM_HEADS=2, MLP_DIM=64, BATCH_TOKENS=512, VAL_SLICE_TOKENS=512, WINDOW_BLOCK=16,
              MAX_SEQ_LEN=128, DTYPE="float32", TORCH_COMPILE=0, DEVICE="cpu", WARMUP_STEPS=3, VOCAB_SIZE=500,
              MICROBATCHES=2, NUM_ITERATIONS=6, VAL_TOKENS=1024)
-TABLE = "ms of a step, by run and long attention window; peak memory in MiB"
 FP8_TOLERANCE = 0.1  # nats a byte between the validation losses with float8 and without
+NAMES = {f.name.upper() for f in fields(train_gpt.Settings)} | {"PRESET"}
 
 class Report:
-    """What was measured; summary.md has it at once."""
-    def __init__(self, out: Path, minutes: float):
-        self.out, self.deadline = out.resolve(), time.monotonic() + 60 * minutes
+    """What was measured. `work` is a folder for the parts' files; all of it goes into the archive."""
+    def __init__(self, out: Path, work: Path, minutes: float):
+        self.out, self.work, self.deadline = out.resolve(), work, time.monotonic() + 60 * minutes
         self.sections = {}  # title -> lines
-        self.columns = {}  # run and attention window -> phase, or another figure -> value
         self.problems = []
         self.out.mkdir(parents=True, exist_ok=True)
 
     def add(self, title: str, *lines: str) -> None:
-        """Put a section into summary.md, or replace it."""
-        self.sections[title] = "\n".join(lines)
-        texts = [f"## {title}\n\n{text}\n" for title, text in self.sections.items()]
-        (self.out / "summary.md").write_text("\n".join(texts), encoding="utf-8")
+        """Add lines to a section of the summary."""
+        self.sections.setdefault(title, []).extend(lines)
 
-    def part(self, name: str, function, *args, **kwargs) -> None:
-        """Call function(report, name, ...). What it raises is a problem, and does not stop other parts."""
-        begun = time.monotonic()
+    def text(self) -> str:
+        sections = [f"## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in self.sections.items()]
+        return "\n".join(sections)
+
+    def save(self) -> None:
+        (self.out / "summary.md").write_text(self.text(), encoding="utf-8")
+        with tarfile.open(self.out / "prove.tar.gz", "w:gz") as archive:
+            archive.add(self.work, "prove")
+
+    def part(self, name: str, function, *args) -> bool:
+        """Call function(report, name, ...), print and save what it adds; returns whether it succeeded. What
+        it raises is a problem, and does not stop other parts."""
+        begun, before = time.monotonic(), len(self.problems)
         try:
-            function(self, name, *args, **kwargs)
+            function(self, name, *args)
         except Exception as error:
             self.problems.append(f"FAILED: {name}: {type(error).__name__}: {error}")
-            print(self.problems[-1], flush=True)
-        print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
+        seconds = f"{time.monotonic() - begun:.0f} s"
+        self.add(name, f"- {seconds} in all")
+        print(f"\n## {name}\n", *self.sections[name], *self.problems[before:], sep="\n", flush=True)
+        self.save()
+        return len(self.problems) == before
 
-def run(report: Report, name: str, command: list, **environ) -> str:
-    """What a command prints. Raises RuntimeError if it fails, and TimeoutError if no time is left."""
-    console = report.out / "console" / f"{name}.txt"
-    console.parent.mkdir(parents=True, exist_ok=True)
-    environ = os.environ | {key: str(value) for key, value in environ.items()}
+class Program(NamedTuple):
+    """A program that runs beside this one, and the file with what it prints."""
+    process: subprocess.Popen
+    console: Path
+
+def start(report: Report, name: str, command: list, **environ) -> Program:
+    """Start Python with these words. What environ names as None is unset."""
+    console = report.work / f"{name}.txt"
+    environ = {key: str(x) for key, x in (os.environ | environ).items() if x is not None}
     with open(console, "w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environ, stdout=file,
                                    stderr=subprocess.STDOUT)
+    return Program(process, console)
+
+def finish(report: Report, program: Program) -> str:
+    """What the program printed. Raises RuntimeError if it failed, and TimeoutError if no time is left; both
+    have the end of what it printed."""
+    process, console = program
+    try:
+        code = process.wait(timeout=max(report.deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        code = None
+        process.terminate()  # torchrun then ends its ranks; if it were killed, they would go on
         try:
-            code = process.wait(timeout=max(report.deadline - time.monotonic(), 0))
+            process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun then ends its ranks; if it were killed, they would go on
-            process.wait(timeout=60)
-            raise TimeoutError("no time was left") from None
+            process.kill()
     output = console.read_text(encoding="utf-8", errors="replace")
+    if code is None:
+        raise TimeoutError(f"no time was left; the end of {console.name}:\n{output[-1000:]}")
     if code:
-        raise RuntimeError(f"exit code {code}; the end of {console}:\n{output[-2000:]}")
+        raise RuntimeError(f"exit code {code}; the end of {console.name}:\n{output[-2000:]}")
     return output
 
-def train(report: Report, name: str, processes: int, *options: str, **settings) -> None:
-    """A run of train_gpt.py: its log goes to the folder `name`, its figures into the table of all runs."""
-    folder = report.out / name
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               ROOT / "tests/gpu/phases.py", *options]
-    run(report, name, command, PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0, LOG_DIR=folder, **settings)
-    log, = folder.glob("*/log.txt")
-    text = log.rename(folder / "log.txt").read_text(encoding="utf-8")
-    log.parent.rmdir()
-    lines = text.split("=" * 100 + "\n")[-1]  # without source, environment and settings
-    report.add(name, *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
+def test_collectives(report: Report, name: str, device: torch.device) -> None:
+    """Those of the optimizer and of the status, in a world of one process, where they copy."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    backend, of_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1,
+                            device_id=of_device)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(1024, 768, device=device).to(dtype)
+            scattered, gathered, total = (torch.full_like(x, torch.nan) for _ in range(3))
+            handle = train_gpt.reduce_scatter_tensor(scattered, x, async_op=True)
+            handle.wait()
+            handle = train_gpt.all_gather_tensor(gathered, scattered, async_op=True)
+            handle.wait()
+            total.copy_(gathered)
+            dist.all_reduce(total)
+            dist.barrier()
+            if not (torch.equal(scattered, x) and torch.equal(gathered, x) and torch.equal(total, x)):
+                raise ValueError(f"a collective of {dtype} changed its numbers")
+    finally:
+        dist.destroy_process_group()
+    report.add(name, f"- {backend}: reduce_scatter, all_gather, all_reduce, barrier of one process: right")
+
+def show_kernels(report: Report, name: str, device: torch.device, s: train_gpt.Settings) -> None:
+    begun = time.monotonic()
+    _, lines = train_gpt.choose_kernels(device, s)
+    report.add(name, *(f"- {line}" for line in lines), f"- chosen in {time.monotonic() - begun:.1f} s")
+    report.problems += [f"FAILED: {name}: {line}" for line in lines if "WARNING: plain PyTorch" in line]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+def read_log(report: Report, name: str) -> str:
+    """The log of the run whose LOG_DIR was `name`, without source, environment and settings; some of its
+    lines go to the summary. It is kept as NAME-log.txt."""
+    folder = report.work / name
+    logs = list(folder.glob("*/log.txt"))
+    if not logs:
+        return ""
+    text = logs[0].rename(report.work / f"{name}-log.txt").read_text(encoding="utf-8")
+    logs[0].parent.rmdir()
+    folder.rmdir()
+    lines = text.split("=" * 100 + "\n")[-1]
+    report.add(name.split("-")[0], *(f"- {line}" for line in lines.splitlines() if line.startswith(SHOWN)))
     for warning in re.findall(".*WARNING: plain PyTorch.*|WARNING, while timed.*", lines):
         report.problems.append(f"FAILED: {name}: {warning}")
-    # each stands in many lines; the dict keeps the last
-    figures = dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))
-    for window, phases in json.loads(re.search("^phases: (.*)$", lines, re.MULTILINE)[1]).items():
-        phases["sum"] = sum(phases.values())
-        report.columns[f"{name}, {window}"] = {key: f"{ms:.3f}" for key, ms in phases.items()} | figures
-    table = [["phase", *report.columns], ["---"] * (1 + len(report.columns))]
-    for key in [*phases, *figures]:
-        table.append([key, *(column.get(key, "-") for column in report.columns.values())])
-    report.add(TABLE, *("| " + " | ".join(row) + " |" for row in table))
+    return lines
 
-def compare_losses(report: Report, name: str) -> None:
-    """Of the two runs on text."""
-    text = [column for run, column in report.columns.items() if run.startswith("text/")]
-    if len(text) < 2:
-        raise ValueError("a run is missing")
-    float8, bfloat16 = (float(column["val_loss"]) for column in text)
-    difference = float8 - bfloat16
-    report.add(name, f"{difference:+.4f} nats a byte; at most {FP8_TOLERANCE} is expected")
-    if abs(difference) > FP8_TOLERANCE:
-        raise ValueError(report.sections[name])
+def figures_of(lines: str) -> dict[str, str]:
+    """step_avg [ms], val_loss [nats], memory [MiB], as the log has them last."""
+    return dict(re.findall(r"(step_avg|val_loss|peak memory allocated): ?([\d.]+)", lines))
 
-def test_kernels(report: Report, name: str) -> None:
-    """All but the slow one, which compiles kernels for a GPU that is not there."""
+def run_shapes(report: Report, name: str, processes: int, settings: dict) -> None:
+    """A run of train_gpt.py by phases.py, and its figures."""
+    command = [ROOT / "tests/gpu/phases.py", "--profile", report.work / "profile.txt", "--variants", 3]
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
+    program = start(report, name, command, LOG_DIR=report.work / name, **settings)
+    try:
+        finish(report, program)
+    finally:  # what a run that failed or was stopped has measured is worth reading, too
+        add_shapes_figures(report, name, read_log(report, name))
+
+def add_shapes_figures(report: Report, name: str, lines: str) -> None:
+    """The tables of phases, variants and kernels, as far as a log of phases.py has them."""
+    phases_of_windows, variants = {}, {}
+    if line := re.search("^phases: (.*)$", lines, re.MULTILINE):
+        phases_of_windows = json.loads(line[1])
+    if line := re.search("^variants: (.*)$", lines, re.MULTILINE):
+        variants = json.loads(line[1])
+    report.add(name, "", "| of a step, by long attention window | ms |", "| --- | --- |")
+    for window, phases in phases_of_windows.items():
+        for phase, ms in (phases | dict(sum=sum(phases.values()))).items():
+            report.add(name, f"| {window}: {phase} | {ms:.3f} |")
+    for figure, value in figures_of(lines).items():
+        report.add(name, f"| {figure} | {value} |")
+    report.add(name, "", "| variant | ms of a step, by round | times the run's kernels, mean |",
+               "| --- | --- | --- |")
+    for variant, times in variants.items():
+        ratio = np.mean([x / base for x, base in zip(times, variants["the run's kernels"])])
+        report.add(name, f"| {variant} | {', '.join(f'{ms:.1f}' for ms in times)} | {ratio:.4f} |")
+    profile = report.work / "profile.txt"
+    if profile.exists():
+        kernels = profile.read_text(encoding="utf-8").splitlines()[:40]
+        report.add(name, "", "The 40 largest kernels of a step:", "", *(f"    {x[:110]}" for x in kernels))
+
+def run_checks(report: Report, name: str, small: bool, settings: dict, seeds: int) -> None:
+    """The tests of the kernels, all but the slow one, which compiles kernels for a GPU that is not there; and
+    steps on text with the head in float8 and in bfloat16."""
+    programs = {}
+    for seed in range(seeds):
+        for fp8 in (1, 0):
+            run = f"{name}-fp8-{fp8}-seed-{seed}"
+            programs[run] = start(report, run, [ROOT / "train_gpt.py"], LOG_DIR=report.work / run,
+                                  **settings | dict(FP8_HEAD=fp8, SEED=seed))
     options = ["-p", "no:xdist", "-o", "addopts=-q", "-m", "not slow"]
-    output = run(report, name, ["-m", "pytest", *options, "tests/gpu/test_gpu.py", "tests/test_kernels.py"])
-    report.add(name, output.strip().splitlines()[-1])
+    tests = ["tests/gpu/test_gpu.py", "tests/test_kernels.py"]
+    if not small:
+        tests = start(report, f"{name}-tests", ["-m", "pytest", *options, *tests])
+    losses, errors = {}, []
+    for run, program in programs.items():
+        try:
+            finish(report, program)
+            losses[run] = float(figures_of(read_log(report, run))["val_loss"])
+        except Exception as error:
+            errors.append(f"{run}: {error}")
+    for seed in range(seeds):
+        pair = [losses.get(f"{name}-fp8-{fp8}-seed-{seed}", torch.nan) for fp8 in (1, 0)]
+        difference = pair[0] - pair[1]
+        report.add(name, f"- seed {seed}: validation loss {pair[0]:.4f} with FP8_HEAD=1, {pair[1]:.4f} with "
+                   f"0: {difference:+.4f}; at most {FP8_TOLERANCE} is expected")
+        if not abs(difference) <= FP8_TOLERANCE:
+            errors.append(f"seed {seed}: a difference of {difference:+.4f}")
+    if not small:
+        try:
+            report.add(name, f"- tests of the kernels: {finish(report, tests).strip().splitlines()[-1]}")
+        except Exception as error:
+            errors.append(f"tests: {error}")
+    if errors:
+        raise RuntimeError("\n".join(errors))
 
-def time_call(function, *args) -> float:
-    """ms of a call, the mean of 10, launched while the GPU sleeps: in a step, too, launches are hidden."""
-    for _ in range(3):
-        function(*args)
-    if torch.cuda.is_initialized():
-        torch.cuda._sleep(50_000_000)  # cycles, about 30 ms
-    begun = take_time()
-    for _ in range(10):
-        function(*args)
-    ended = take_time()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return milliseconds(begun, ended) / 10
-
-def time_operations(report: Report, name: str, s: train_gpt.Settings, device: str) -> None:
-    """Newton-Schulz on the matrices of one rank of 8; the head's weight gradient in two orders."""
-    lines = []
-
-    def measure(operation, function, *args):
-        lines.append(f"- {operation}: {time_call(function, *args):.3f} ms")
-        report.add(name, *lines)
-
-    with torch.device("meta"):
-        model = train_gpt.GPT(s, train_gpt.Kernels(), 8)
-    for bank in ("attn_bank", "mlp_bank"):
-        G = torch.randn(getattr(model, bank).chunk(8)[0].shape, device=device)
-        case = train_gpt.newton_schulz, G, s.torch_dtype
-        measure(f"Newton-Schulz, {bank}, plain products", *case)
-        if device == "cuda":
-            measure(f"Newton-Schulz, {bank}, symmetric products", *case, train_gpt.symmetric_XXT)
-    tokens, one = s.batch_tokens // s.microbatches, torch.ones((), device=device)
-    x8_t = torch.randn(s.model_dim, tokens, device=device).to(torch.float8_e4m3fn)
-    grads_t = torch.randn(s.padded_vocab, tokens, device=device).to(torch.float8_e5m2)
-    product = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    measure("head's weight gradient, (x.T @ grads).T", lambda: product(x8_t, grads_t.mT).T.contiguous())
-    measure("head's weight gradient, grads.T @ x", product, grads_t, x8_t.mT)
+def run_demo(report: Report, name: str, small: bool, data: Path) -> None:
+    settings = dict.fromkeys(NAMES)
+    settings |= dict(PRESET="demo", DEVICE="cuda", DATA_PATH=data, LOG_DIR=report.work / name)
+    if small:
+        settings |= dict(DEVICE="cpu", NUM_ITERATIONS=2, WARMUP_STEPS=0, TARGET_LOSS=9)
+    program = start(report, name, [ROOT / "train_gpt.py"], **settings)
+    try:
+        finish(report, program)
+    finally:
+        lines = read_log(report, name)
+    loss = float(figures_of(lines)["val_loss"])
+    if not small and not loss < train_gpt.PRESETS["demo"]["target_loss"] + 0.1:
+        raise ValueError(f"expected a validation loss near the demo's target, found {loss}")
 
 def write_synthetic_shard(path: Path, num_tokens: int, vocab_size: int) -> None:
     """A shard of random documents of about 500 tokens; the last id opens each. As in text, some ids are far
@@ -172,45 +267,72 @@ def write_synthetic_shard(path: Path, num_tokens: int, vocab_size: int) -> None:
     header[:3] = 20240520, 1, num_tokens
     path.write_bytes(header.tobytes() + tokens.tobytes())
 
-def prove(report: Report, processes: int, small: bool, data: Path) -> None:
-    """All parts. data: a folder for the shards."""
-    sizes, shard, demo = SMALL if small else {}, data / "synthetic.bin", train_gpt.PRESETS["demo"]
+def build_demo_data(data: Path) -> None:
+    command = [sys.executable, ROOT / "data" / "demo_corpus.py", data / train_gpt.DEMO_DATA]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: int, data: Path) -> None:
+    """The named parts. data: a folder for the shards."""
+    device = torch.device("cpu") if small else torch.device("cuda", 0)
+    sizes, demo = SMALL if small else {}, train_gpt.PRESETS["demo"]
     s = replace(train_gpt.Settings(), **{name.lower(): value for name, value in sizes.items()})
-    write_synthetic_shard(shard, 12_000_000, s.vocab_size)
-    shapes = dict(TRAIN_FILES=shard, VAL_FILES=shard, BOS_ID=s.vocab_size - 1, NUM_ITERATIONS=20,
-                  WARMUP_STEPS=6, VAL_TOKENS=2_097_152) | sizes
-    # a microbatch and a window of `shapes`, so that its compiled graph can be used again
-    text = dict(TRAIN_FILES=demo["train_files"], VAL_FILES=demo["val_files"], DATA_PATH=data, BOS_ID=256,
-                BATCH_TOKENS=49_152, MICROBATCHES=1, NUM_ITERATIONS=60, WINDOW_SCHEDULE="7", WARMUP_STEPS=2,
-                VAL_TOKENS=262_144) | sizes
-    plain = shapes | dict(NUM_ITERATIONS=10, WINDOW_SCHEDULE="7", WARMUP_STEPS=2, FP8_HEAD=0)
-    report.part("shapes/fast", train, processes, **shapes)
-    if not small:
-        report.part("tests of the kernels", test_kernels)
-    for fp8 in (1, 0):
-        report.part(f"text/fp8-head-{fp8}", train, 1, **text | dict(FP8_HEAD=fp8))
-    report.part("difference of the losses on text", compare_losses)
-    report.part("shapes/plain", train, processes, "--plain", **plain)
-    report.part("operations", time_operations, s, "cpu" if small else "cuda")
+    given = {name: os.environ[name] for name in NAMES if name in os.environ}
+    every = dict(PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0)
+    shard = data / "synthetic.bin"
+    shapes = every | dict(TRAIN_FILES=shard, VAL_FILES=shard, BOS_ID=s.vocab_size - 1, NUM_ITERATIONS=20,
+                          WINDOW_SCHEDULE="7", WARMUP_STEPS=6, VAL_TOKENS=2_097_152) | sizes | given
+    text = every | dict(TRAIN_FILES=demo["train_files"], VAL_FILES=demo["val_files"], DATA_PATH=data,
+                        BOS_ID=256, BATCH_TOKENS=49_152, MICROBATCHES=6, NUM_ITERATIONS=60,
+                        WINDOW_SCHEDULE="7", WARMUP_STEPS=2, TORCH_COMPILE=0, VAL_TOKENS=262_144,
+                        VAL_SLICE_TOKENS=16_384)
+    if small:
+        text |= sizes
+    if "collectives" in parts:
+        report.part("collectives", test_collectives, device)
+    if "kernels" in parts and not report.part("kernels", show_kernels, device, s):
+        return
+    if "shapes" in parts:
+        write_synthetic_shard(shard, 12_000_000, s.vocab_size)
+        report.part("shapes", run_shapes, processes, shapes)
+    if "operations" in parts:
+        report.part("operations", lambda *_: report.add("operations", *time_operations(s, device)))
+    if "checks" in parts:
+        build_demo_data(data)
+        report.part("checks", run_checks, small, text | given, seeds)
+    if "demo" in parts:
+        report.part("demo", run_demo, small, data)
+
+PARTS = "collectives,kernels,shapes,operations,checks,demo"
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("prove"), help="a new folder (default: prove)")
-    parser.add_argument("--minutes", type=float, default=7, help="after which runs are ended (default: 7)")
+    parser.add_argument("--parts", default=PARTS, help="names, separated by commas (default: all)")
+    parser.add_argument("--minutes", type=float, default=5, help="after which parts are ended (default: 5)")
+    parser.add_argument("--seeds", type=int, default=1, help="of the steps on text (default: 1)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU")
     args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := sorted({*parts} - {*PARTS.split(",")}):
+        parser.error(f"--parts: expected names out of {PARTS}, found {', '.join(unknown)}")
     if not (args.small or torch.cuda.is_available()):
         parser.error("expected a CUDA GPU, found none; --small runs on a CPU")
     if args.out.is_dir() and any(args.out.iterdir()):
         parser.error(f"expected an empty folder, found files in {args.out}; name another with --out")
     processes = 2 if args.small else max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
     machine = "processes on a CPU, tiny" if args.small else f"x {torch.cuda.get_device_name()}"
-    report = Report(args.out, args.minutes)
-    report.add("machine", f"{processes} {machine}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as folder:
-        prove(report, processes, args.small, Path(folder))
-    report.add("result", *(report.problems or ["passed"]))
-    print((report.out / "summary.md").read_text(encoding="utf-8"))
+        work, data = Path(folder, "work"), Path(folder, "data")
+        work.mkdir()
+        data.mkdir()
+        report = Report(args.out, work, args.minutes)
+        date = time.strftime("%Y-%m-%d")
+        report.add("machine", f"{processes} {machine}, PyTorch {torch.__version__}, {date}")
+        prove(report, parts, processes, args.small, args.seeds, data)
+        report.add("result", *(report.problems or ["passed"]))
+        report.save()
+    print("\n" + "=" * 40 + "\n" + report.text())
     return 1 if report.problems else 0
 
 if __name__ == "__main__":

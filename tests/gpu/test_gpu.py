@@ -19,9 +19,14 @@ def attention_by_mask(q, k, v, starts, window, scale):
     return torch.einsum("hij,jhk->ihk", scores.softmax(-1), v)
 
 
+@pytest.fixture(scope="module")
+def chosen():
+    """The speedrun's kernels, and the lines about them. Activates FlashAttention 3 where it is installed."""
+    return train_gpt.choose_kernels(GPU, train_gpt.Settings())
+
+
 @pytest.mark.parametrize("window", [1, 7, 64, 128, 300, 5000])
-def test_attention_is_that_of_the_mask(window):
-    train_gpt.choose_kernels(GPU, train_gpt.Settings())  # activates FlashAttention 3 where it is installed
+def test_attention_is_that_of_the_mask(window, chosen):
     generator = torch.Generator(GPU).manual_seed(window)
     q, k, v, dy = torch.randn(4, 1000, 6, 128, generator=generator, device=GPU).bfloat16()
     starts = torch.tensor([0, 1, 130, 400, 401, 999, 1000, 1000], dtype=torch.int32, device=GPU)
@@ -38,23 +43,25 @@ def test_attention_is_that_of_the_mask(window):
         assert (found.double() - exact).norm() < 0.01 * max(exact.norm(), 0.1 * dy.norm())
 
 
-def test_every_kernel_of_a_recent_gpu_is_a_fast_one():
+def test_every_kernel_of_a_recent_gpu_is_a_fast_one(chosen):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("an older GPU")
-    kernels, lines = train_gpt.choose_kernels(GPU, train_gpt.Settings())
+    kernels, lines = chosen
     assert all(fast is not plain for fast, plain in zip(kernels, train_gpt.Kernels())), lines
+    assert kernels.head_loss == train_gpt.Float8HeadLoss.apply, lines
 
 
 @pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
-def test_the_compiled_model_agrees_with_the_plain_one(fp8_head, loss_tolerance, tolerance):
-    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048, fp8_head=fp8_head,
+def test_the_compiled_model_agrees_with_the_plain_one(fp8_head, loss_tolerance, tolerance, chosen):
+    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048,
                            layout="A AM M AM", value_embeds="01.0", window_pattern="LSSL")
+    head_loss = chosen[0].head_loss if fp8_head else torch.compile(train_gpt.softcapped_loss)
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(s.vocab_size, (2049,), generator=generator).numpy()
     batch = train_gpt.make_batch(tokens, [0, 5, 700, 1500], 128, 1000).to(GPU)
     results = []
-    for kernels in (train_gpt.choose_kernels(GPU, s)[0], train_gpt.Kernels()):
+    for kernels in (chosen[0]._replace(head_loss=head_loss), train_gpt.Kernels()):
         model = train_gpt.GPT(s, kernels)
         train_gpt.init_weights(model, 0)
         with torch.no_grad():
