@@ -1,7 +1,7 @@
 """
 What a step should cost on paper: FLOPs and bytes of each phase from the shapes in Settings, at given rates.
 
-    python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured prove/shapes/fast/log.txt]
+    python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured shapes-log.txt]
 
 Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set. A part takes as
 long as its FLOPs or its bytes, whichever is longer; parts follow one another, and no collective overlaps with
