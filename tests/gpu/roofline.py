@@ -32,8 +32,8 @@ RATES = dict(  # option -> (default, meaning); the defaults are assumptions for 
     nvlink=(350.0, "GB/s of a rank in a collective over NVLink; 450 at the peak"))
 
 # What the blocks' pointwise kernels and reductions read and write: numbers of 2 bytes for each token, channel
-# and block. graph_bytes.py counts them at the speedrun's shapes: 21.2 and 34.9 GB for 49,152 tokens.
-POINTWISE = {"blocks, forward": 23.4, "blocks, backward": 38.6}
+# and block. graph_bytes.py counts them at the speedrun's shapes: 22.5 and 35.1 GB for 49,152 tokens.
+POINTWISE = {"blocks, forward": 24.8, "blocks, backward": 38.7}
 
 class Part(NamedTuple):
     phase: str  # as phases.py names it
