@@ -37,7 +37,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice, repeat
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -69,6 +69,9 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
         self.exit_code, self.rank = exit_code, rank
 
+ByStage = tuple[int, ...]
+FactorsByStage = tuple[float, ...]
+
 @dataclass(frozen=True)
 class Settings:
     """All settings; the defaults are the speedrun's. The environment variable NAME sets field `name`."""
@@ -94,11 +97,14 @@ class Settings:
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
     sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
-    # a training step's batch
-    batch_tokens: int = 393_216  # [tokens] per step, over all ranks
+    # a training step's batch; [by stage]: one value, or one for each stage of the run, separated by commas
     microbatches: int = 8  # packed sequences per step, over all ranks; raise it to save GPU memory
-    max_seq_len: int = 2048  # [tokens] most tokens used of one document; the rest is dropped
     epochs: int = 1  # [passes] maximum number of passes over the training shards
+    batch_tokens: ByStage = (393_216,)  # [tokens, by stage] per step, over all ranks
+    max_seq_len: ByStage = (2048,)  # [tokens, by stage] most tokens used of one document
+    window_schedule: ByStage = (3, 7, 11)  # [WINDOW_BLOCK, by stage] long windows; the short ones are half
+    stage_starts: ByStage = ()  # [step, by stage] first step of each stage; empty: stages of equal length
+    stage_lr_factors: FactorsByStage = (1.0,)  # [by stage] of every learning rate
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
@@ -106,7 +112,6 @@ class Settings:
     layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # one word per block: A attention, M MLP; A+M: parallel
     value_embeds: str = "012......012"  # one character per block: the number of its value embedding, or a dot
     window_pattern: str = "LSSSLSSLSSSL"  # one character per block: L long attention window, S short
-    window_schedule: str = "3,7,11"  # [WINDOW_BLOCK] long windows, each for an equal part; short: half
     window_block: int = 128  # [tokens] unit of WINDOW_SCHEDULE
     model_dim: int = 768  # [channels] D
     num_heads: int = 6  # [heads] H
@@ -126,9 +131,7 @@ class Settings:
     adam_lr: float = 0.008  # Adam's learning rate, for all other parameters, before the multiples below
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
-    adam_eps: float = 1e-10  # added to the root of the second moment
     embed_lr_mult: float = 75.0  # [x ADAM_LR] for the embedding, the value embeddings and the n-gram table
-    head_lr_mult: float = 1.0  # [x ADAM_LR] for the head
     scalar_lr_mult: float = 5.0  # [x ADAM_LR] for the blocks' scalars
     cooldown_frac: float = 0.45  # [of the run] last part, in which the learning rates fall linearly
     final_lr_frac: float = 0.1  # [of the learning rate] where the fall ends
@@ -149,58 +152,104 @@ PRESETS = {
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
         num_iterations=44, target_loss=1.50, val_loss_every=11, val_tokens=49_152, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=200, batch_tokens=1280, microbatches=2,
+        warmup_steps=3, sample_tokens=200, batch_tokens=(1280,), microbatches=2,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
-        window_schedule="11,11,20", window_block=16,
+        window_schedule=(11, 11, 20), window_block=16,
         gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
         muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
         adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
     # The speedrun with changes that won in the demo, at the sizes of later records; never run on a GPU
     "frontier": dict(
-        num_iterations=2420, batch_tokens=262_144, adam_beta1=0.7,  # record 39
+        num_iterations=2420, batch_tokens=(262_144,), adam_beta1=0.7,  # record 39
         ngram_rows=251_520, ngram_dim=768,  # record 62
         key_offset=True,  # record 49
         equal_qk_start=True,  # no published record
     ),
 }
-POSITIVE = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
-            "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim",
-            "ngram_dim"}
-PARSERS = {int: (int, "a whole number of at least {}"), float: (float, "a number of at least {}"),
-           bool: ({"0": False, "1": True}.__getitem__, "0 or 1"), str: (str, "text")}
-
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
-class Block(NamedTuple):
-    """One block of the network."""
-    sublayers: list[str]  # in order: "A", "M", or parallel parts with one input, such as "A+M"
-    value_embed: int | None  # number of its value embedding
-    long_window: bool
+def setting_text(value) -> str:
+    """A value for a log or a sentence; those of stages as the environment gives them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
-def parse_layout(s: Settings) -> list[Block]:
-    """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120)."""
-    blocks = []
-    for word, value_embed, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
-        sublayers = re.findall(r"[AM](?:\+[AM])*", word)
-        blocks.append(Block(sublayers, None if value_embed == "." else int(value_embed), window == "L"))
-    return blocks
+def restore_settings(saved: dict) -> Settings:
+    """The settings from the JSON of a checkpoint. Raises KeyError for a setting that is missing there."""
+    values = {}
+    for f in fields(Settings):
+        values[f.name] = tuple(saved[f.name]) if isinstance(f.default, tuple) else saved[f.name]
+    return Settings(**values)
+
+HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
+BY_STAGE = [f.name for f in fields(Settings) if f.type in (ByStage, FactorsByStage)]
+
+def num_stages(s: Settings) -> int:
+    """As many as the longest of the settings with a value for each stage says."""
+    return max(len(getattr(s, name)) for name in BY_STAGE)
 
 def world_size_problem(s: Settings, world_size: int) -> str:
     """Why `world_size` ranks cannot share a step, or ''."""
     count = s.num_microbatches(world_size)
-    if count % world_size == s.batch_tokens % (16 * count) == s.padded_vocab % world_size == 0:
+    equal = all(batch_tokens % (16 * count) == 0 for batch_tokens in s.batch_tokens)
+    if equal and count % world_size == 0 and s.padded_vocab % world_size == 0:
         return ""
     return (f"NPROC: expected ranks that share {count} microbatches (equal multiples of 16 of BATCH_TOKENS="
-            f"{s.batch_tokens}) and a padded vocabulary of {s.padded_vocab} ids equally, found {world_size}.")
+            f"{setting_text(s.batch_tokens)}) and a padded vocabulary of {s.padded_vocab} ids equally, found "
+            f"{world_size}.")
+
+# The values that a number may have, by setting; every other number may be 0 or more.
+ABOVE_0 = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
+           "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim",
+           "ngram_dim", "attn_scale"}
+UP_TO_1 = {"cooldown_frac", "final_lr_frac"}
+BELOW_1 = {"muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2"}
+
+def range_problem(name: str, value) -> str:
+    """What is expected of a number that is out of range, or ''. NaN is out of every range."""
+    if name in UP_TO_1:
+        return "" if 0 <= value <= 1 else "a number from 0 to 1"
+    if name in BELOW_1:
+        return "" if 0 <= value < 1 else "a number from 0 to below 1"
+    least = int(name in ABOVE_0)
+    if isinstance(value, int):
+        return "" if least <= value < 2**31 else f"a whole number of at least {least}"
+    if least:
+        return "" if 0 < value < 2**31 else "a number above 0"
+    return "" if 0 <= value < 2**31 else "a number of at least 0"
+
+def parse_setting(name: str, kind: type, text: str):
+    """The value that a setting has in the environment. Raises ValueError that says what is expected."""
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError("0 or 1")
+        return text == "1"
+    by_stage = kind in (ByStage, FactorsByStage)
+    parts = text.split(",") if by_stage else [text]
+    if name == "stage_starts" and not text:
+        parts = []
+    number = float if kind in (float, FactorsByStage) else int
+    values = []
+    for part in parts:
+        try:
+            value = number(part)
+        except ValueError:
+            value = None
+        if value is None:
+            raise ValueError(range_problem(name, number(-1)))
+        if problem := range_problem(name, value):
+            raise ValueError(problem)
+        values.append(value)
+    return tuple(values) if by_stage else values[0]
 
 def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
     words = s.layout.split()
-    long_windows = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
     no_attn = [i for i, word in enumerate(words) if "A" not in word and s.value_embeds[i:i + 1].isdecimal()]
     word, each = r"[AM](\+?[AM])*", f"for each of the {len(words)} words of LAYOUT"
+    count, starts = num_stages(s), s.stage_starts
     rows = [  # (setting, whether it fits, what is expected)
         ("device", s.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
         ("dtype", s.dtype in ("bfloat16", "float32"), "bfloat16 or float32"),
@@ -209,9 +258,15 @@ def find_contradictions(s: Settings) -> list[str]:
         ("value_embeds", re.fullmatch(f"[0-9.]{{{len(words)}}}", s.value_embeds), f"a digit or a dot {each}"),
         ("value_embeds", not no_attn, f"a dot for the blocks without attention, {no_attn}"),
         ("window_pattern", re.fullmatch(f"[LS]{{{len(words)}}}", s.window_pattern), f"L or S {each}"),
-        ("window_schedule", min(long_windows) >= 2, "whole numbers of at least 2, separated by commas"),
+        ("window_schedule", min(s.window_schedule, default=0) >= 2,
+         "whole numbers of at least 2, separated by commas"),
+        ("stage_starts", not starts or (starts[0] == 0 and list(starts) == sorted({*starts})),
+         "nothing, or steps that begin with 0 and grow"),
+        ("stage_starts", len(starts) in (0, count), f"one value for each of the {count} stages, or none"),
+        *((name, len(getattr(s, name)) in (1, count), f"one value, or one for each of the {count} stages")
+          for name in BY_STAGE if name != "stage_starts"),
         ("bos_id", s.bos_id < s.vocab_size, f"an id below VOCAB_SIZE={s.vocab_size}"),
-        ("batch_tokens", s.batch_tokens % (16 * s.microbatches) == 0,
+        ("batch_tokens", all(n % (16 * s.microbatches) == 0 for n in s.batch_tokens),
          f"a multiple of 16 x MICROBATCHES = {16 * s.microbatches}"),
         ("val_tokens", s.val_tokens % s.val_slice_tokens == 0,
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
@@ -219,14 +274,11 @@ def find_contradictions(s: Settings) -> list[str]:
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
-        ("adam_eps", s.adam_eps > 0, "a number above 0"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
-        *((name, getattr(s, name) < 1, "a number below 1")
-          for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
     ]
-    found = [f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}."
+    found = [f"{name.upper()}: expected {expected}, found {setting_text(getattr(s, name))}."
              for name, fits, expected in rows if not fits]
-    if s.nproc and (problem := world_size_problem(s, s.nproc)):
+    if s.nproc and not found and (problem := world_size_problem(s, s.nproc)):
         found.append(problem)
     return found
 
@@ -245,15 +297,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
             problems.append(f"{name}: unknown setting; did you mean {meant[0]}? Otherwise unset {name}.")
         if name not in kinds:
             continue
-        (parse, expected), low = PARSERS[kinds[name]], int(name.lower() in POSITIVE)
         try:
-            value = parse(environ[name])
-            if kinds[name] in (int, float) and not low <= value < 2**31:  # NaN is refused here, too
-                raise ValueError
-            values[name.lower()] = value
+            values[name.lower()] = parse_setting(name.lower(), kinds[name], environ[name])
             overrides.append(name.lower())
-        except (ValueError, KeyError):
-            problems.append(f"{name}: expected {expected.format(low)}, found {environ[name]!r}.")
+        except ValueError as expected:
+            problems.append(f"{name}: expected {expected}, found {environ[name]!r}.")
             wrong.add(name)
     settings = Settings(**values)
     if preset in PRESETS:  # skip cross-checks that involve a value which failed to parse
@@ -263,6 +311,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
     if problems:
         raise UserError(*problems, exit_code=2)
     return settings, overrides, why_preset
+
+def find_files(root: Path, pattern: str) -> list[Path]:
+    """Files that match, in name order; an absolute pattern stands for itself."""
+    paths = map(Path, glob.glob(os.path.join(glob.escape(str(root)), pattern)))
+    return sorted(path for path in paths if not path.is_dir())
 
 def choose_preset(environ) -> tuple[str, str]:
     """The preset's name, and a line that says why and how to get the other."""
@@ -277,9 +330,162 @@ def choose_preset(environ) -> tuple[str, str]:
                     + ", after python data/cached_fineweb10B.py" * (not shards))
 
 # ----------------------------------------------------------------------------------------------------------
-# Model
+# Schedule: a table of what each step is told, made before step 0
 
-HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
+class Stage(NamedTuple):
+    """A part of the run with one shape of batch and one pair of windows, and so with a graph of its own."""
+    first_step: int
+    batch_tokens: int  # of a step, over all ranks
+    max_seq_len: int  # [tokens] at which a document is cut
+    long_window: int  # [tokens]
+    short_window: int  # [tokens]
+    lr_factor: float  # of every learning rate, before the cooldown
+
+class Step(NamedTuple):
+    """What one step is told. A validation before step n is told what step n is; that at the end, the last."""
+    number: int  # from 0
+    stage: Stage
+    lr_factor: float  # of every learning rate
+    momentum: float  # Muon's
+
+def make_stages(s: Settings) -> list[Stage]:
+    """The stages of the run (long and short windows: @leloykun; growing windows: @varunneal)."""
+    count = num_stages(s)
+    starts = s.stage_starts or [-(-(s.num_iterations + 1) * k // count) for k in range(count)]
+
+    def value(values: tuple, k: int):
+        return values[k] if len(values) > 1 else values[0]
+
+    stages = []
+    for k in range(count):
+        window = value(s.window_schedule, k)
+        stages.append(Stage(
+            first_step=starts[k],
+            batch_tokens=value(s.batch_tokens, k),
+            max_seq_len=value(s.max_seq_len, k),
+            long_window=window * s.window_block,
+            short_window=window // 2 * s.window_block,
+            lr_factor=value(s.stage_lr_factors, k),
+        ))
+    return stages
+
+def make_schedule(s: Settings) -> list[Step]:
+    """Steps 0 to NUM_ITERATIONS; the last is only validated."""
+    stages = make_stages(s)
+    steps = []
+    for number in range(s.num_iterations + 1):
+        stage = [stage for stage in stages if stage.first_step <= number][-1]
+        steps.append(Step(number, stage, lr_factor(number, stage.lr_factor, s), muon_momentum(number, s)))
+    return steps
+
+def lr_factor(number: int, factor: float, s: Settings) -> float:
+    """The stage's factor, then linear down to final_lr_frac over the last cooldown_frac of the run."""
+    left = (s.num_iterations - number) / s.num_iterations
+    if left >= s.cooldown_frac:
+        return factor
+    done = 1 - left / s.cooldown_frac
+    return factor * (1 - done) + s.final_lr_frac * done
+
+def muon_momentum(number: int, s: Settings) -> float:
+    """Linear over the first muon_momentum_steps."""
+    done = min(number / s.muon_momentum_steps, 1) if s.muon_momentum_steps else 1
+    return (1 - done) * s.muon_momentum_start + done * s.muon_momentum_end
+
+# ----------------------------------------------------------------------------------------------------------
+# Rules: how a parameter is updated
+#
+# A rule has its own columns (rates, betas, ...) and two functions: init_state gives its tensors, of any shape
+# whose first axis is that of the slice that this rank updates; update changes that slice in place.
+
+def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols)."""
+    return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
+
+def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
+    """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
+    Five steps of Muon's quintic (kellerjordan.github.io/posts/muon) bring singular values to 1 +- 0.3."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
+    tall = G.size(-2) > G.size(-1)
+    X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = XXT(X)
+        B = XXT(A, base=A, alpha=c, beta=b)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+class Muon(NamedTuple):
+    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
+    lr: float
+    dtype: torch.dtype  # of Newton-Schulz
+    XXT: Callable = XXT
+
+    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+        return dict(momentum_buffer=torch.zeros_like(p))
+
+    def update(self, p: Tensor, grad: Tensor, state, step: Step, factors: Tensor | None = None) -> None:
+        """p, grad: (n, rows, cols). factors: (n, 1, 1), of each matrix's learning rate. grad is used up."""
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - step.momentum)
+        direction = newton_schulz(grad.lerp_(buffer, step.momentum), self.dtype, self.XXT)
+        rows, cols = direction.shape[-2:]
+        if factors is not None:
+            direction = direction * factors
+        p.add_(direction, alpha=-self.lr * step.lr_factor * max(1, rows / cols) ** 0.5)
+
+ADAM_EPS = 1e-10
+
+class Adam(NamedTuple):
+    """Adam (Kingma and Ba, 2015), computed in float32 and rounded once when it is stored. State has the
+    parameter's dtype. ADAM_EPS is added to the root of the uncorrected second moment. cautious_decay: weight
+    decay, times the square of the rate, where the step shrinks the weight (Liang et al., 2024)."""
+    lr: float
+    betas: tuple[float, float]
+    cautious_decay: float = 0.0
+
+    def init_state(self, p: Tensor) -> dict[str, Tensor]:
+        return dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+    def update(self, p: Tensor, grad: Tensor, state, step: Step, factors: Tensor | None = None) -> None:
+        """p, grad: (n, ...). factors: (n, ...), of the learning rate of each row."""
+        beta1, beta2 = self.betas
+        number = step.number + 1
+        lr = self.lr * step.lr_factor
+        if self.cautious_decay == 0 and factors is None:  # PyTorch's fused kernel: one pass
+            eps = ADAM_EPS / (1 - beta2**number) ** 0.5  # added there to the root of the corrected moment
+            steps_done = torch.full((), step.number, dtype=torch.float32, device=p.device)
+            adam([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [steps_done], fused=True,
+                 amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
+            return
+        grad = grad.float()
+        exp_avg = state["exp_avg"].float().lerp(grad, 1 - beta1)
+        exp_avg_sq = state["exp_avg_sq"].float().lerp(grad.square(), 1 - beta2)
+        state["exp_avg"].copy_(exp_avg)
+        state["exp_avg_sq"].copy_(exp_avg_sq)
+        rate = lr if factors is None else lr * factors
+        correction = (1 - beta2**number) ** 0.5 / (1 - beta1**number)
+        update = rate * correction * exp_avg / (exp_avg_sq.sqrt() + ADAM_EPS)
+        weight = p.float()
+        decay = rate * rate * self.cautious_decay * weight * (update * weight > 0)
+        p.copy_(weight - update - decay)
+
+class Row(NamedTuple):
+    """A parameter, declared once: the model, its initial values and the optimizer read it here. A parameter
+    with matrices is a bank: a stack of matrices of one shape."""
+    shape: tuple[int, ...]
+    rule: Muon | Adam
+    init: Callable[[Tensor, torch.Generator], None]  # fills the float32 values, which are zero
+    dtype: torch.dtype = torch.float32
+    tiny: bool = False  # every rank updates all of it; all tiny parameters share one all_reduce
+    factors: tuple[float, ...] = ()  # of the learning rate, for each of the first axis
+
+def zeros(values: Tensor, generator: torch.Generator) -> None:
+    """Initial values of zero."""
+
+def standard_normal(values: Tensor, generator: torch.Generator) -> None:
+    values.normal_(generator=generator)
+
+# ----------------------------------------------------------------------------------------------------------
+# Model
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos, (T, 1, 1, K // 2), and sin and -sin, (T, 1, 2, K // 2), of every position's angles, float32.
@@ -298,22 +504,55 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x.unflatten(-1, (2, -1))
     return (x * cos).addcmul_(x.flip(-2), sin).flatten(-2)
 
+# A norm keeps its result and the scale for the backward pass. Its input's length has no effect, so that the
+# gradient has no part along the result.
+
+def scale_to_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x scaled to a mean square of 1 over the last axis, and the scale (..., 1); x: float32."""
+    scale = (x.square().mean(-1, keepdim=True) + 2**-23).rsqrt()
+    return x * scale, scale
+
+def norm_backward(y: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, float32, of x, of which y = x * scale is the norm."""
+    grad = grad.float()
+    along = (grad * y).mean(-1, keepdim=True)
+    return torch.addcmul(grad, along, y.float(), value=-1).mul_(scale)
+
 class Norm(torch.autograd.Function):
-    """RMS norm without a gain, in float32, of x or of x rotated. For the backward pass, keep the result."""
+    """RMS norm without a gain, computed in float32."""
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
-        x32 = x.float() if cos is None else apply_rotary(x.float(), cos, sin)
-        scale = (x32.square().mean(-1, keepdim=True) + 2**-23).rsqrt()
-        y = (x32 * scale).type_as(x)
-        ctx.save_for_backward(y, scale, cos, sin)
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, scale = scale_to_norm(x.float())
+        y = y.type_as(x)
+        ctx.save_for_backward(y, scale)
         return y.view_as(y)  # y itself may have no gradient under torch.compile of PyTorch 2.11
 
     @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        return norm_backward(y, scale, grad).type_as(y)
+
+class RotaryNorm(torch.autograd.Function):
+    """The norm of queries or keys, rotated; x: (T, H, K). A rotation leaves lengths as they are, so it may
+    come before the norm: then what is kept is the result, which attention keeps anyway."""
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y, scale = scale_to_norm(apply_rotary(x.float(), cos, sin))
+        y = y.type_as(x)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y.view_as(y)  # as in Norm
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
-        (y, scale, cos, sin), grad = ctx.saved_tensors, grad.float()
-        along = (grad * y).mean(-1, keepdim=True)  # x's length has no effect: no gradient along y
-        x_grad = torch.addcmul(grad, along, y.float(), value=-1).mul_(scale)
-        return (x_grad if cos is None else apply_rotary(x_grad, cos, -sin)).type_as(y), None, None
+        y, scale, cos, sin = ctx.saved_tensors
+        x_grad = apply_rotary(norm_backward(y, scale, grad), cos, -sin)
+        return x_grad.type_as(y), None, None
+
+def norm(x: Tensor) -> Tensor:
+    return Norm.apply(x)
+
+def norm_and_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return RotaryNorm.apply(x, cos, sin)
 
 def offset_keys(k: Tensor) -> Tensor:
     """Keys (T, H, K) that take their non-rotary channels from the token before, so that a query can find what
@@ -382,90 +621,168 @@ def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross-entropies over the tokens, a float32 scalar. x: (T, D); targets: (T,) int64."""
     return F.cross_entropy(softcapped_logits(x, weight), targets, reduction="sum")
 
+class Kernels(NamedTuple):
+    """What a run uses where there is a choice; the defaults are plain PyTorch."""
+    attn_args: Callable = banded_mask
+    attention: Callable = banded_attention
+    head_loss: Callable = softcapped_loss
+    XXT: Callable = XXT
+    compiled: bool = False  # whether torch.compile writes the blocks' kernels
+
+class Block(NamedTuple):
+    """One block of the network."""
+    sublayers: list[list[tuple[str, int]]]  # in order; parts of one have the same input: (A or M, number)
+    value_embed: int | None  # number of its value embedding
+    long_window: bool
+    skip_from: int | None  # number of the block whose output is added before anything else
+
+class BlockScalars(NamedTuple):
+    """The learned scalars of a block, and where they start."""
+    skip_weight: float | Tensor = 1.0  # of the output of block skip_from (U-net skips: @brendanh0gan)
+    lambda_x: float | Tensor = 1.0  # mix the embedding back in (@KoszarskyB): of the block's input
+    lambda_x0: float | Tensor = 0.0  # and of the embedding
+    lambda_v: float | Tensor = 0.5  # of the values
+    lambda_ve: float | Tensor = 0.5  # of the value embedding
+
+def parse_layout(s: Settings) -> list[Block]:
+    """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120). The
+    second half of the blocks takes the outputs of the first half, the last first."""
+    words = s.layout.split()
+    counts = dict(A=0, M=0)
+    blocks = []
+    for i, word in enumerate(words):
+        sublayers = []
+        for parallel in re.findall(r"[AM](?:\+[AM])*", word):
+            parts = []
+            for kind in parallel.split("+"):
+                parts.append((kind, counts[kind]))
+                counts[kind] += 1
+            sublayers.append(parts)
+        value_embed = None if s.value_embeds[i] == "." else int(s.value_embeds[i])
+        mirrored = len(words) - 1 - i
+        skip_from = mirrored if mirrored < len(words) // 2 else None
+        blocks.append(Block(sublayers, value_embed, s.window_pattern[i] == "L", skip_from))
+    return blocks
+
 class GPT(nn.Module):
     """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
     all-gather for each bank. A parameter's rows, its first axis, are rounded up to a multiple of world_size:
-    each rank owns an equal share, and the rows added stay zero. A parameter that is not used is None."""
-    def __init__(self, s: Settings, kernels: "Kernels", world_size: int = 1):
+    each rank owns an equal share, and the rows added stay zero."""
+    def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
         super().__init__()
         self.settings, self.kernels, self.blocks = s, kernels, parse_layout(s)
-        self.num_attn, self.num_mlp, self.num_rows = s.layout.count("A"), s.layout.count("M"), {}
-        dim, num_tables = s.model_dim, max(map(int, re.findall(r"\d", s.value_embeds)), default=-1) + 1
+        self.rows = self.declare_parameters(s, kernels)
+        for name, row in self.rows.items():
+            first = row.shape[0] if row.tiny else round_up(row.shape[0], world_size)
+            self.register_parameter(name, nn.Parameter(torch.empty(first, *row.shape[1:], dtype=row.dtype)))
+        most_tokens = max(max(s.batch_tokens) // s.microbatches, s.val_slice_tokens)
+        cos, sin = rotary_cos_sin(most_tokens, s.model_dim // s.num_heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-        def parameter(name: str, num_rows: int, *row: int, dtype=torch.float32):
-            self.num_rows[name] = num_rows
-            shape = (round_up(num_rows, world_size), *row)
-            values = None if 0 in shape else nn.Parameter(torch.empty(shape, dtype=dtype))
-            self.register_parameter(name, values)
+    @staticmethod
+    def declare_parameters(s: Settings, kernels: Kernels) -> dict[str, Row]:
+        """name -> row, in the order in which initial values are drawn."""
+        dim, vocab = s.model_dim, s.padded_vocab
+        num_attn, num_mlp = s.layout.count("A"), s.layout.count("M")
+        num_tables = max((int(c) + 1 for c in s.value_embeds if c.isdecimal()), default=0)
+        bound = 3**0.5 * 0.5 * dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
 
-        parameter("embed", s.padded_vocab, dim, dtype=s.torch_dtype)
-        parameter("ngrams", s.ngram_rows, s.ngram_dim, dtype=s.torch_dtype)
-        parameter("value_embeds", num_tables * s.padded_vocab, dim, dtype=s.torch_dtype)  # tables end to end
-        parameter("attn_bank", 4 * self.num_attn, dim, dim)  # q, k, v and output projection of each attention
-        parameter("gate_bank", self.num_attn, s.num_heads, s.gate_channels)
-        parameter("mlp_bank", 2 * self.num_mlp, dim, s.mlp_dim)  # c_fc and c_proj of each MLP, in one shape
-        parameter("lm_head", s.padded_vocab, dim)
-        parameter("scalars", len(self.blocks), 5)  # as `hidden` unpacks them
-        most_tokens = max(s.batch_tokens // s.microbatches, s.val_slice_tokens)
-        for name, x in zip(("cos", "sin"), rotary_cos_sin(most_tokens, dim // s.num_heads)):
-            self.register_buffer(name, x, persistent=False)
+        def init_attn(values: Tensor, generator: torch.Generator) -> None:
+            """q, k and v; the output projections start at zero."""
+            matrices = values.unflatten(0, (-1, 4))
+            matrices[:, :3].uniform_(-bound, bound, generator=generator)
+            if s.equal_qk_start:  # a query finds its own token before anything is learned
+                channels = matrices.unflatten(2, (s.num_heads, 2, 2, -1))
+                channels[:, 1, :, :, 1] = channels[:, 0, :, :, 1]
+
+        def init_mlp(values: Tensor, generator: torch.Generator) -> None:
+            """c_fc; c_proj starts at zero."""
+            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
+
+        def init_scalars(values: Tensor, generator: torch.Generator) -> None:
+            values[:] = torch.tensor(BlockScalars())
+
+        def adam(lr_mult: float) -> Adam:
+            return Adam(s.adam_lr * lr_mult, (s.adam_beta1, s.adam_beta2))
+
+        muon = Muon(s.muon_lr, s.torch_dtype, kernels.XXT)
+        dtype, tables = s.torch_dtype, adam(s.embed_lr_mult)
+        rows = {"embed": Row((vocab, dim), tables, standard_normal, dtype)}
+        if s.ngram_rows:
+            rows["ngrams"] = Row((s.ngram_rows, s.ngram_dim), tables, zeros, dtype)
+        if num_tables:  # the tables end to end
+            rows["value_embeds"] = Row((num_tables * vocab, dim), tables, standard_normal, dtype)
+        rows["attn_bank"] = Row((4 * num_attn, dim, dim), muon, init_attn)  # q, k, v, output, for each
+        if s.gate_channels:
+            rows["gate_bank"] = Row((num_attn, s.num_heads, s.gate_channels), muon, zeros, tiny=True)
+        rows["mlp_bank"] = Row((2 * num_mlp, dim, s.mlp_dim), muon, init_mlp)  # c_fc, c_proj in one shape
+        rows["lm_head"] = Row((vocab, dim), adam(1), zeros)
+        scalars = len(s.layout.split()), len(BlockScalars._fields)
+        rows["scalars"] = Row(scalars, adam(s.scalar_lr_mult), init_scalars, tiny=True)
+        return rows
+
+    def enter_stage(self, stage: Stage) -> None:
+        """What changes when a stage begins, beyond its batch, windows and rate: nothing in this network.
+        Called for each stage in turn, also when a run resumes; warm-up undoes it for all buffers."""
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                windows: tuple[int, int]) -> Tensor:
+                stage: Stage) -> Tensor:
         """Cross-entropy in nats, summed over the tokens, a float32 scalar. The first four arguments are a
-        Batch; windows: (long, short) attention windows in tokens."""
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, windows)
+        Batch."""
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
         if torch.is_grad_enabled():
             return self.kernels.head_loss(x, self.lm_head, targets)
         chunks = zip(x.split(8192), targets.split(8192))  # in validation, to save memory
         return torch.stack([softcapped_loss(part, self.lm_head, target) for part, target in chunks]).sum()
 
-    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, windows) -> Tensor:
+    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
-        s, num_tokens = self.settings, len(inputs)
-        attn_args = {window: self.kernels.attn_args(cu_seqlens, num_tokens, window, max_seqlen, s.torch_dtype)
-                     for window in dict.fromkeys(windows)}
-        x = x0 = Norm.apply(self.look_up_embed(inputs))
-        if self.value_embeds is not None:  # the rows of all tables in one look-up
-            first_rows = torch.arange(0, self.num_rows["value_embeds"], s.padded_vocab, device=inputs.device)
-            value_embeds = F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
-        attentions, mlps = self.split_banks()
-        scalars = self.scalars.flatten().unbind()
-        num_blocks, outputs = len(self.blocks), []
-        for i, block in enumerate(self.blocks):
-            # skip_weight: U-net skips (@brendanh0gan); lambdas: mix the embedding back in (@KoszarskyB)
-            skip_weight, lambda_x, lambda_x0, *sa_lambdas = scalars[5 * i:5 * i + 5]
-            if i >= num_blocks - num_blocks // 2:
-                x = x + skip_weight * outputs.pop()
-            x = lambda_x * x + lambda_x0 * x0
-            ve = None if block.value_embed is None else value_embeds[block.value_embed]
-            args = attn_args[windows[0] if block.long_window else windows[1]]
-            for sublayer in block.sublayers:
-                x_in = Norm.apply(x)
-                for part in sublayer.split("+"):
-                    if part == "A":
-                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args,
-                                               offset=s.key_offset and block.long_window)
-                    else:
-                        c_fc, c_proj = next(mlps)  # both (D, hidden) (@byronxu99, PR 109)
-                        x = x + F.linear(ReluSquared.apply(x_in @ c_fc), c_proj)
-            if i < num_blocks // 2:
-                outputs.append(x)
-        return Norm.apply(x)
-
-    def attention(self, x: Tensor, w_qkv: Tensor, w_o: Tensor, gate: Tensor | None, sa_lambdas,
-                  ve: Tensor | None, attn_args, offset: bool) -> Tensor:
-        """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
+        attn_args = {}
+        for window in (stage.long_window, stage.short_window):
+            packing = cu_seqlens, len(inputs), window, max_seqlen, s.torch_dtype
+            attn_args[window] = self.kernels.attn_args(*packing)
+        x = x0 = norm(self.look_up_embed(inputs))
+        value_embeds = self.look_up_value_embeds(inputs)
+        attentions, mlps = self.split_banks()
+        outputs = {}
+        for i, (block, row) in enumerate(zip(self.blocks, self.scalars.unbind())):
+            scalars = BlockScalars(*row.unbind())
+            if block.skip_from is not None:
+                x = x + scalars.skip_weight * outputs.pop(block.skip_from)
+            x = scalars.lambda_x * x + scalars.lambda_x0 * x0
+            window = stage.long_window if block.long_window else stage.short_window
+            for parts in block.sublayers:
+                x_in = norm(x)
+                for kind, number in parts:
+                    if kind == "A":
+                        weights = attentions[number]
+                        ve = None if block.value_embed is None else value_embeds[block.value_embed]
+                        offset = s.key_offset and block.long_window
+                        x = x + self.attention(x_in, weights, scalars, ve, attn_args[window], offset)
+                    else:
+                        c_fc, c_proj = mlps[number]  # both (D, hidden) (@byronxu99, PR 109)
+                        x = x + F.linear(ReluSquared.apply(x_in @ c_fc), c_proj)
+            if i < len(self.blocks) // 2:
+                outputs[i] = x
+        return norm(x)
+
+    def attention(self, x: Tensor, weights, scalars: BlockScalars, ve: Tensor | None, attn_args,
+                  offset: bool) -> Tensor:
+        """One attention; x: (T, D), normalised; ve: (T, D)."""
+        s = self.settings
+        w_qkv, w_o, gate = weights  # (3D, D), (D, D) and (H, channels) or None
         qkv, gate_logits = (F.linear(x, w_qkv), None) if gate is None else GatedQKV.apply(x, w_qkv, gate)
         q, k, v = qkv.view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
-        q, k = (Norm.apply(part, self.cos[:len(x)], self.sin[:len(x)]) for part in (q, k))
+        cos, sin = self.cos[:len(x)], self.sin[:len(x)]
+        q, k = norm_and_rotate(q, cos, sin), norm_and_rotate(k, cos, sin)
         if offset:
             k = offset_keys(k)
         if ve is None:
-            w_o = sa_lambdas[0] * w_o  # the same as a factor of v, which has far more elements
+            w_o = scalars.lambda_v * w_o  # the same as a factor of v, which has far more elements
         else:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
-            v = sa_lambdas[0] * v + sa_lambdas[1] * ve.view_as(v)
+            v = scalars.lambda_v * v + scalars.lambda_ve * ve.view_as(v)
         y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
         if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
             y = y * torch.sigmoid(gate_logits).unsqueeze(-1)
@@ -476,112 +793,76 @@ class GPT(nn.Module):
         (Bigrams: record 62 of modded-nanogpt, which adds them before every block. In the demo, whose tokens
         are bytes, longer n-grams play the part of words. Documents' borders are ignored.)"""
         x = F.embedding(inputs, self.embed)
-        if self.ngrams is None:
+        if "ngrams" not in self.rows:
             return x
         ids, hashes = inputs.long(), []
         total = HASH_FACTORS[0] * ids
         for back in range(1, self.settings.ngram_max):
             total = total ^ HASH_FACTORS[back] * F.pad(ids, (back, 0))[:len(ids)]
-            hashes.append(total % self.num_rows["ngrams"])
+            hashes.append(total % self.settings.ngram_rows)
         rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
         return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
 
+    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each value embedding, (T, D) each; all tables in one look-up."""
+        if "value_embeds" not in self.rows:
+            return ()
+        last = self.rows["value_embeds"].shape[0]
+        first_rows = torch.arange(0, last, self.settings.padded_vocab, device=inputs.device)
+        return F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
+
     def split_banks(self):
-        """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), each cast to the activations' dtype."""
+        """[(w_qkv, w_o, gate), ...] of the attentions and [(c_fc, c_proj), ...] of the MLPs, each cast to the
+        activations' dtype. unbind and split give each matrix's gradient its place in the bank's at once; a
+        loop over the bank compiles to a sum of one masked copy for each matrix."""
         dim, dtype = self.settings.model_dim, self.settings.torch_dtype
-        rows, sizes = self.attn_bank.flatten(0, 1), (3 * dim, dim) * self.num_attn
-        attn = [w.to(dtype) for w in rows.split((*sizes, len(rows) - sum(sizes)))]
-        gates = repeat(None) if self.gate_bank is None else [w.to(dtype) for w in self.gate_bank.unbind()]
-        mlp = [w.to(dtype) for w in self.mlp_bank.unbind()]  # without unbind, its gradient compiles badly
-        return zip(attn[:-1:2], attn[1::2], gates), zip(mlp[0::2], mlp[1::2])
+        num_attn, num_mlp = self.settings.layout.count("A"), self.settings.layout.count("M")
+        flat = self.attn_bank.flatten(0, 1)
+        sizes = (3 * dim, dim) * num_attn
+        attn = [w.to(dtype) for w in flat.split((*sizes, len(flat) - sum(sizes)))]
+        gates = [None] * num_attn
+        if "gate_bank" in self.rows:
+            gates = [w.to(dtype) for w in self.gate_bank.unbind()]
+        mlp = [w.to(dtype) for w in self.mlp_bank.unbind()]
+        attentions = [(attn[2 * i], attn[2 * i + 1], gates[i]) for i in range(num_attn)]
+        mlps = [(mlp[2 * i], mlp[2 * i + 1]) for i in range(num_mlp)]
+        return attentions, mlps
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
     """Fill every parameter. Numbers are drawn on the CPU, so that all devices and world sizes start alike."""
     generator = torch.Generator().manual_seed(seed)
-    bound = 3**0.5 * 0.5 * model.settings.model_dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
-    for name, p in model.named_parameters():
-        values = torch.zeros(model.num_rows[name], *p.shape[1:])
-        if name in ("embed", "value_embeds"):
-            values.normal_(generator=generator)
-        elif name == "attn_bank":  # q, k, v of every attention; the output projections start at zero
-            values.unflatten(0, (-1, 4))[:, :3].uniform_(-bound, bound, generator=generator)
-            if model.settings.equal_qk_start:  # a query finds its own token before anything is learned
-                w = values.unflatten(0, (-1, 4)).unflatten(2, (model.settings.num_heads, 2, 2, -1))
-                w[:, 1, :, :, 1] = w[:, 0, :, :, 1]
-        elif name == "mlp_bank":  # c_fc; c_proj starts at zero
-            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
-        elif name == "scalars":  # skip weight, lambdas of x and x0, lambdas of v and its embedding
-            values[:] = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5])
-        elif name not in ("gate_bank", "lm_head", "ngrams"):
-            raise KeyError(f"init_weights has no initial values for parameter {name}")
-        p.zero_()[:len(values)] = values.to(p)
+    for name, row in model.rows.items():
+        values = torch.zeros(row.shape)
+        row.init(values, generator)
+        p = getattr(model, name)
+        p.zero_()
+        p[:len(values)] = values.to(p)
 
 # ----------------------------------------------------------------------------------------------------------
-# Optimizers: Muon for the blocks' matrices, Adam for the rest, both sharded over the ranks
+# Optimizer: the rules, sharded over the ranks
 #
-# A rank owns an equal slice of each parameter's rows, and keeps optimizer state for it alone. A step:
-#   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient; that of the head,
+# A rank owns an equal slice of each parameter's first axis, and keeps the rule's state for it alone. A step:
+#   1. reduce_scatter: each rank gets the sum over ranks of its own slice of every gradient; that of the head,
 #      which the backward pass completes first, is under way while the rest of the backward pass runs;
-#   2. step: it updates its rows of each parameter, as soon as their gradient has arrived;
-#   3. all_gather: the updated rows are gathered, so that all ranks hold the same parameters, bit for bit.
+#   2. step: it updates its slice of each parameter, as soon as its gradient has arrived;
+#   3. all_gather: the updated slices are gathered, so that all ranks hold the same parameters, bit for bit.
+# Tiny parameters are no slices: their gradients, end to end, take one all_reduce, and every rank updates all.
 
 # PyTorch 2.13 renamed both collectives, and warns about the old names, which are all that 2.11 has.
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
-    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols)."""
-    return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
-
-def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
-    """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
-    Five steps of Muon's quintic (kellerjordan.github.io/posts/muon) bring singular values to 1 +- 0.3."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
-    tall = G.size(-2) > G.size(-1)
-    X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        A = XXT(X)
-        B = XXT(A, base=A, alpha=c, beta=b)
-        X = torch.baddbmm(X, B, X, beta=a)
-    return X.mT if tall else X
-
-class Muon(NamedTuple):
-    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
-    dtype: torch.dtype  # of Newton-Schulz
-    XXT: Callable
-    state_names = ("momentum_buffer",)
-
-    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
-        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        direction = newton_schulz(grad.lerp_(buffer, momentum), self.dtype, self.XXT)
-        rows, cols = direction.shape[-2:]
-        p.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
-
-class Adam(NamedTuple):
-    """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
-    stored. State has the parameter's dtype. eps is added to the root of the uncorrected second moment."""
-    beta1: float
-    beta2: float
-    eps: float
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
-        eps = self.eps / (1 - self.beta2**step) ** 0.5  # the kernel adds it to the corrected moment's root
-        steps_done = torch.full((), step - 1.0, device=p.device)
-        adam([p], [grad], *([x] for x in state.values()), [], [steps_done], fused=True, amsgrad=False,
-             beta1=self.beta1, beta2=self.beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
 
 @dataclass
 class ShardedParam:
     """One parameter as the optimizer sees it on this rank."""
     name: str
     param: nn.Parameter
+    row: Row
     rule: Muon | Adam
-    lr: float
-    p_slice: Tensor  # this rank's rows of the parameter
-    state: dict[str, Tensor]  # of the shape and dtype of p_slice
+    p_slice: Tensor  # this rank's slice of the parameter; all of it if it is tiny
+    state: dict[str, Tensor]  # the rule's; the first axis is that of p_slice
+    factors: Tensor | None  # of the learning rate, (n, 1, ...)
     grad_slice: Tensor | None = None  # the summed gradient of p_slice
     handle: dist.Work | None = None  # the collective in progress
 
@@ -592,14 +873,28 @@ class ShardedParam:
 
 class ShardedOptimizer:
     """The three phases, for parameters that are updated by a rule each."""
-    def __init__(self, params: dict[str, tuple], rank: int, world_size: int):
-        """params: name -> (parameter, rule, learning rate)."""
-        self.rank, self.world_size, self.sharded_params = rank, world_size, []
-        for name, (p, rule, lr) in params.items():
-            p_slice = p.data.chunk(world_size)[rank]
-            state = {key: torch.zeros_like(p_slice) for key in rule.state_names}
-            self.sharded_params.append(ShardedParam(name, p, rule, lr, p_slice, state))
+    def __init__(self, params: dict[str, nn.Parameter], rows: dict[str, Row], rank: int, world_size: int):
+        """rows: name -> row. Raises KeyError for a parameter without a row. Muon's parameters come first: the
+        other gradients arrive while it works."""
+        if missing := params.keys() - rows.keys():
+            raise KeyError(f"declare_parameters has no row for {missing}")
+        self.rank, self.world_size = rank, world_size
         self.last_microbatch = False  # whether the backward pass under way completes the step's gradients
+        self.sharded_params = []
+        for name, row in sorted(rows.items(), key=lambda item: not isinstance(item[1].rule, Muon)):
+            p = params[name]
+            p_slice = p.data if row.tiny else p.data.chunk(world_size)[rank]
+            state = row.rule.init_state(p_slice)
+            factors = self.slice_of_factors(row, p)
+            self.sharded_params.append(ShardedParam(name, p, row, row.rule, p_slice, state, factors))
+
+    def slice_of_factors(self, row: Row, p: Tensor) -> Tensor | None:
+        """Those of this rank's slice, float32; padding has 1."""
+        if not row.factors:
+            return None
+        factors = torch.ones(len(p), *[1] * (p.dim() - 1), device=p.device)
+        factors[:len(row.factors)] = torch.tensor(row.factors).view(-1, *[1] * (p.dim() - 1))
+        return factors if row.tiny else factors.chunk(self.world_size)[self.rank]
 
     def reduce_scatter_early(self, name: str) -> None:
         """From now on, phase 1 of this parameter starts in the backward pass that completes its gradient."""
@@ -621,22 +916,36 @@ class ShardedOptimizer:
         else:
             sp.grad_slice = grad
 
+    def start_all_reduce(self) -> None:
+        """Phase 1 of all tiny parameters, in float32. Clears their gradients."""
+        tiny = [sp for sp in self.sharded_params if sp.row.tiny]
+        if not tiny:
+            return
+        grads = torch.cat([sp.param.grad.float().flatten() for sp in tiny])
+        handle = dist.all_reduce(grads, async_op=True) if self.world_size > 1 else None
+        for sp, grad in zip(tiny, grads.split([sp.param.numel() for sp in tiny])):
+            sp.param.grad = None
+            sp.grad_slice = grad.view_as(sp.param)
+            sp.handle = handle
+
     def reduce_scatter(self) -> None:
         """Phase 1, started for every parameter for which it has not started yet."""
         for sp in self.sharded_params:
-            if sp.grad_slice is None:
+            if sp.grad_slice is None and not sp.row.tiny:
                 self.start_reduce_scatter(sp)
+        self.start_all_reduce()
 
     @torch.no_grad()
-    def step(self, lr_factor: float, momentum: float, step: int) -> list[Tensor]:
-        """Phase 2; starts phase 3. step counts from 1. Returns a flag per parameter: gradient not finite."""
+    def step(self, step: Step) -> list[Tensor]:
+        """Phase 2; starts phase 3. Returns a flag for each parameter: gradient not finite."""
         flags = []
         for sp in self.sharded_params:
             sp.wait()
             flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
-            sp.rule.update(sp.p_slice, sp.grad_slice, sp.state, sp.lr * lr_factor, momentum, step)
+            grad = sp.grad_slice.to(sp.p_slice.dtype)
+            sp.rule.update(sp.p_slice, grad, sp.state, step, sp.factors)
             sp.grad_slice = None
-            if self.world_size > 1:
+            if self.world_size > 1 and not sp.row.tiny:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)
         return flags
 
@@ -645,24 +954,8 @@ class ShardedOptimizer:
         for sp in self.sharded_params:
             sp.wait()
 
-def make_optimizer(model: GPT, s: Settings, rank: int, world_size: int) -> ShardedOptimizer:
-    """The optimizer, from the table of what trains each parameter, in the order of the updates."""
-    muon, adam = Muon(s.torch_dtype, model.kernels.XXT), Adam(s.adam_beta1, s.adam_beta2, s.adam_eps)
-    table = dict(  # name -> (rule, learning rate)
-        attn_bank=(muon, s.muon_lr),
-        gate_bank=(muon, s.muon_lr),
-        mlp_bank=(muon, s.muon_lr),
-        embed=(adam, s.adam_lr * s.embed_lr_mult),
-        ngrams=(adam, s.adam_lr * s.embed_lr_mult),
-        value_embeds=(adam, s.adam_lr * s.embed_lr_mult),
-        lm_head=(adam, s.adam_lr * s.head_lr_mult),
-        scalars=(adam, s.adam_lr * s.scalar_lr_mult),
-    )
-    params = dict(model.named_parameters())
-    if new := params.keys() - table.keys():
-        raise KeyError(f"make_optimizer has no row for {new}")
-    rows = {name: (params[name], *row) for name, row in table.items() if name in params}
-    optimizer = ShardedOptimizer(rows, rank, world_size)
+def make_optimizer(model: GPT, rank: int, world_size: int) -> ShardedOptimizer:
+    optimizer = ShardedOptimizer(dict(model.named_parameters()), model.rows, rank, world_size)
     optimizer.reduce_scatter_early("lm_head")
     return optimizer
 
@@ -842,25 +1135,18 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) ->
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(window, 0))
 
-class Kernels(NamedTuple):
-    """What a run uses where there is a choice; the defaults are plain PyTorch."""
-    attn_args: Callable = banded_mask
-    attention: Callable = banded_attention
-    head_loss: Callable = softcapped_loss
-    XXT: Callable = XXT
-    compiled: bool = False  # whether torch.compile writes the blocks' kernels
-
 def compile_blocks(model: GPT) -> None:
-    """torch.compile for the blocks: a graph for each pair of windows, in training and in validation."""
-    num_graphs = 1 + 2 * len(model.settings.window_schedule.split(","))  # and one in KernelTrial
+    """torch.compile for the blocks: a graph for each stage, in training and in validation."""
+    num_graphs = 1 + 2 * num_stages(model.settings)  # and one in KernelTrial
     torch._dynamo.config.recompile_limit = max(8, num_graphs)
     model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
 
 class KernelTrial:
     """One block with random weights and tokens, and random matrices: a case on which kernels are compared."""
     def __init__(self, device: torch.device, s: Settings):
-        self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L", batch_tokens=1024,
-                                    microbatches=1, val_slice_tokens=1024)
+        self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L",
+                                    batch_tokens=(1024,), microbatches=1, val_slice_tokens=1024)
+        self.stage = make_stages(s)[0]._replace(long_window=384, short_window=384)
         torch.manual_seed(0)
         with device:  # 120 million random numbers: a GPU draws them at once, a CPU in three seconds
             self.model = GPT(s, Kernels())
@@ -879,7 +1165,7 @@ class KernelTrial:
         model.zero_grad()
         if kernels.compiled:
             compile_blocks(model)
-        loss = model(*self.batch, (384, 384))
+        loss = model(*self.batch, self.stage)
         loss.backward()
         names = "embed", "attn_bank", "mlp_bank", "lm_head"
         results = {f"gradient of {name}": getattr(model, name).grad for name in names}
@@ -1010,11 +1296,6 @@ class TokenShard:
         self.expect(len(starts), f"documents that open with BOS_ID={self.bos_id}", "no such token", OTHER_IDS)
         return starts
 
-def find_files(root: Path, pattern: str) -> list[Path]:
-    """Files that match, in name order; an absolute pattern stands for itself."""
-    paths = map(Path, glob.glob(os.path.join(glob.escape(str(root)), pattern)))
-    return sorted(path for path in paths if not path.is_dir())
-
 def open_shards(s: Settings, name: str) -> list[TokenShard]:
     """The shards that the pattern in setting `name` matches, headers checked. Raises UserError."""
     root, pattern = Path(s.data_path or HERE), getattr(s, name)
@@ -1029,46 +1310,82 @@ class PackingPlan(NamedTuple):
     shards: list[TokenShard]
     shard: np.ndarray  # (documents,) int64: number of the shard that holds it
     start: np.ndarray  # (documents,) int64: its first token there
-    length: np.ndarray  # (documents,) int64: its tokens, at most MAX_SEQ_LEN
-    first: np.ndarray  # (steps x microbatches + 1,) int64: the document that opens each microbatch
+    size: np.ndarray  # (documents,) int64: its tokens
+    first_document: np.ndarray  # (steps x microbatches + 1,) int64: the one that opens each microbatch
+    schedule: list[Step]
+    num_microbatches: int  # of a step
     summary: str
 
-def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -> PackingPlan:
+    def microbatches_of(self, stage: Stage) -> range:
+        """The numbers of a stage's microbatches in the run."""
+        steps = [step.number for step in self.schedule[:-1] if step.stage is stage]
+        if not steps:
+            return range(0)
+        return range(steps[0] * self.num_microbatches, (steps[-1] + 1) * self.num_microbatches)
+
+def read_documents(shards: list[TokenShard], epochs: int):
+    """Yields a (3, documents) int64 array for each shard of each pass: number of the shard, first token and
+    tokens of its documents. Reads and checks a shard when it is asked for."""
+    known = []
+    for n, shard in enumerate(shards):
+        starts = shard.document_starts()
+        sizes = np.diff(starts, append=shard.num_tokens)
+        known.append(np.stack((np.full_like(starts, n), starts, sizes)))
+        yield known[-1]
+    for _ in range(epochs - 1):
+        yield from known
+
+def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
+                 num_microbatches: int) -> PackingPlan:
     """Pack the documents of the planned steps; reads shard after shard until there are enough.
     A microbatch of T tokens takes T + 1, since targets are shifted by one: documents from their BOS, each cut
-    at MAX_SEQ_LEN, the last where the microbatch is full. The rest of a cut document is dropped, and the next
-    document opens the next microbatch (BOS alignment: @classiclarryd, @varunneal). Raises UserError."""
-    room, needed = s.batch_tokens // num_microbatches + 1, s.num_iterations * num_microbatches
-    documents, first = [], [0]  # documents: rows of shard, start and size, for each shard and pass
-    for n in range(s.epochs * len(shards)):
-        if n < len(shards):
-            starts = shards[n].document_starts()
-            sizes = np.diff(starts, append=shards[n].num_tokens)
-            documents.append(np.stack((np.full_like(starts, n), starts, sizes)))
-        else:
-            documents.append(documents[n - len(shards)])
-        shard, start, size = np.concatenate(documents, axis=1)
-        length = np.minimum(size, s.max_seq_len)
-        end = np.cumsum(length)  # of each document, if all were concatenated
-        while len(first) <= needed:
-            begin = end[first[-1] - 1] if first[-1] else 0
-            last = int(np.searchsorted(end, begin + room))  # the document that fills the microbatch
-            if last == len(end):
-                break
-            first.append(last + 1)
-        if len(first) > needed:
-            break
-    available = f"{sum(x.num_tokens for x in shards):,} tokens in {len(shards)} shards"
-    if len(first) <= needed:
-        steps = (len(first) - 1) // num_microbatches
-        shards_needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
-        raise UserError(f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
-                        f"{s.batch_tokens:,} tokens, found {available}, enough for {steps} steps; raise "
-                        f"EPOCHS or add shards ({shards_needed} in all; python data/cached_fineweb10B.py N).")
-    used, read = needed * room, int(size[:first[-1]].sum())
-    summary = (f"data: {available}; the run reads {read:,} in {n // len(shards) + 1} passes, uses {used:,} "
+    at its stage's max_seq_len, the last where the microbatch is full. The rest of a cut document is dropped,
+    and the next document opens the next microbatch, also at a stage's border (BOS alignment: @classiclarryd,
+    @varunneal). Raises UserError."""
+    source = read_documents(shards, s.epochs)
+    documents = []  # what came from the source
+    first_document, used = [0], 0
+    pending = np.empty(0, dtype=np.int64)  # sizes of the documents from first_document[-1] on
+    for stage, steps in groupby(schedule[:-1], key=lambda step: step.stage):
+        room = stage.batch_tokens // num_microbatches + 1
+        ends = np.cumsum(np.minimum(pending, stage.max_seq_len))  # if all were concatenated
+        taken = 0  # documents of pending
+        for _ in range(len(list(steps)) * num_microbatches):
+            while True:
+                begin = ends[taken - 1] if taken else 0
+                last = int(np.searchsorted(ends, begin + room))  # the document that fills the microbatch
+                if last < len(ends):
+                    break
+                more = next(source, None)
+                if more is None:
+                    steps_done = (len(first_document) - 1) // num_microbatches
+                    raise UserError(describe_shortage(shards, s, steps_done))
+                documents.append(more)
+                pending = np.concatenate((pending[taken:], more[2]))
+                ends = np.cumsum(np.minimum(pending, stage.max_seq_len))
+                taken = 0
+            first_document.append(first_document[-1] + last + 1 - taken)
+            taken = last + 1
+            used += room
+        pending = pending[taken:]
+    shard, start, size = np.concatenate(documents, axis=1)
+    read = int(size[:first_document[-1]].sum())
+    passes = math.ceil(len(documents) / len(shards))
+    summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {passes} passes, uses {used:,} "
                f"({used / read:.1%}) and drops the ends of cut documents")
-    return PackingPlan(shards, shard, start, length, np.array(first), summary)
+    return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
+                       summary)
+
+def describe_shards(shards: list[TokenShard]) -> str:
+    return f"{sum(shard.num_tokens for shard in shards):,} tokens in {len(shards)} shards"
+
+def describe_shortage(shards: list[TokenShard], s: Settings, steps: int) -> str:
+    """A sentence for shards that are enough for `steps` steps only."""
+    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
+    return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+            f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, enough for "
+            f"{steps} steps; raise EPOCHS or add shards ({needed} in all; "
+            "python data/cached_fineweb10B.py N).")
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
@@ -1086,7 +1403,7 @@ class Batch(NamedTuple):
     inputs: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S,) int32: where documents begin, ascending, padded with T: shapes stay static
-    max_seqlen: int  # an upper bound of the documents' lengths; one number for the whole run
+    max_seqlen: int  # an upper bound of the documents' lengths; one number for the whole stage
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
@@ -1102,26 +1419,33 @@ def make_batch(tokens: np.ndarray, starts: np.ndarray, most_starts: int, max_seq
     arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
     return Batch(*map(torch.from_numpy, arrays), max_seqlen)
 
-def train_batches(plan: PackingPlan, s: Settings, rank: int, world_size: int, device: torch.device,
-                  first_step: int):
-    """Yields this rank's training batches, those of step first_step (from 0) first. Of a step's microbatches,
-    rank r of w takes numbers r, r + w, ... A thread, which never touches a GPU, assembles them five ahead.
-    Raises UserError if a shard was cut while in use."""
-    num_microbatches = s.num_microbatches(world_size)
-    num_tokens, most_starts = s.batch_tokens // num_microbatches, int(np.diff(plan.first).max())
+def train_batches(plan: PackingPlan, numbers, device: torch.device, rank: int = 0):
+    """Yields the training batches of these microbatches of the run, in this order. A thread, which never
+    touches a GPU, assembles them five ahead. Raises UserError, with the rank, if a shard was cut while in
+    use."""
+    most_starts = {}  # stage -> the most documents in a microbatch
+    for step in plan.schedule[:-1]:
+        if step.stage not in most_starts:
+            microbatches = plan.microbatches_of(step.stage)
+            counts = np.diff(plan.first_document[microbatches.start:microbatches.stop + 1])
+            most_starts[step.stage] = int(counts.max())
 
     def assemble(number: int) -> Batch:
-        """In the thread: microbatch `number` of the run."""
+        """In the thread."""
+        stage = plan.schedule[number // plan.num_microbatches].stage
+        num_tokens = stage.batch_tokens // plan.num_microbatches
         room, parts = num_tokens + 1, []
-        for document in range(plan.first[number], plan.first[number + 1]):
-            start, length = int(plan.start[document]), min(int(plan.length[document]), room)
+        for document in range(plan.first_document[number], plan.first_document[number + 1]):
+            start = int(plan.start[document])
+            length = min(int(plan.size[document]), stage.max_seq_len, room)
             parts.append(plan.shards[plan.shard[document]].read(start, start + length))
             room -= length
         starts = np.cumsum([0, *map(len, parts[:-1])])
-        return make_batch(np.concatenate(parts), starts, most_starts, min(s.max_seq_len, num_tokens))
+        max_seqlen = min(stage.max_seq_len, num_tokens)
+        return make_batch(np.concatenate(parts), starts, most_starts[stage], max_seqlen)
 
     thread = ThreadPoolExecutor(1, "loader")
-    numbers = iter(range(first_step * num_microbatches + rank, len(plan.first) - 1, world_size))
+    numbers = iter(numbers)
     ahead = deque(thread.submit(assemble, number) for number in islice(numbers, 5))
     while ahead:
         try:
@@ -1130,6 +1454,10 @@ def train_batches(plan: PackingPlan, s: Settings, rank: int, world_size: int, de
             raise UserError(str(error), rank=rank) from None
         ahead.extend(thread.submit(assemble, number) for number in islice(numbers, 1))
         yield batch.to(device)
+
+def microbatches_of_rank(plan: PackingPlan, first_step: int, rank: int, world_size: int) -> range:
+    """From step first_step on: of a step's microbatches, rank r of w takes numbers r, r + w, ..."""
+    return range(first_step * plan.num_microbatches + rank, len(plan.first_document) - 1, world_size)
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
     """Yields (number, batch) for this rank's validation slices: every world_size-th of VAL_SLICE_TOKENS."""
@@ -1140,27 +1468,6 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
     for n in range(rank, len(cuts) - 1, world_size):
         own = starts[places[n]:places[n + 1]] - cuts[n]
         yield n, make_batch(tokens[cuts[n]:cuts[n + 1] + 1], own, most_starts, max_seqlen).to(device)
-
-# ----------------------------------------------------------------------------------------------------------
-# Schedules: pure functions of the step
-
-def lr_scale(step: int, s: Settings) -> float:
-    """Factor of every learning rate: 1, then linear down to final_lr_frac over the last cooldown_frac."""
-    left = (s.num_iterations - step) / s.num_iterations
-    if left >= s.cooldown_frac:
-        return 1.0
-    return s.final_lr_frac + (1 - s.final_lr_frac) * left / s.cooldown_frac
-
-def muon_momentum(step: int, s: Settings) -> float:
-    """Muon's momentum, linear over the first muon_momentum_steps."""
-    done = min(step / s.muon_momentum_steps, 1) if s.muon_momentum_steps else 1
-    return (1 - done) * s.muon_momentum_start + done * s.muon_momentum_end
-
-def attention_windows(step: int, s: Settings) -> tuple[int, int]:
-    """(long, short) attention windows in tokens (long and short: @leloykun; growing: @varunneal)."""
-    long_windows = [int(x) for x in s.window_schedule.split(",")]
-    window = long_windows[len(long_windows) * step // (s.num_iterations + 1)]
-    return window * s.window_block, window // 2 * s.window_block
 
 # ----------------------------------------------------------------------------------------------------------
 # Run: processes and device, clock, log
@@ -1325,23 +1632,24 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.ndarray, world_size: int):
     """What must be the same for a run to continue from a checkpoint, by name."""
     same = {name: value for name, value in asdict(s).items() if name not in FREE_TO_CHANGE}
-    return same | dict(source=hashlib.sha256(source.encode()).hexdigest(),
-                       training_data={x.path.name: x.checksum for x in plan.shards if x.checksum is not None},
-                       validation_data=zlib.crc32(val_tokens),
-                       microbatches_of_a_step=s.num_microbatches(world_size))
+    same |= dict(source=hashlib.sha256(source.encode()).hexdigest(),
+                 training_data={x.path.name: x.checksum for x in plan.shards if x.checksum is not None},
+                 validation_data=zlib.crc32(val_tokens),
+                 microbatches_of_a_step=s.num_microbatches(world_size))
+    return json.loads(json.dumps(same))  # as a checkpoint has it
 
 def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int, seconds: float,
                     identity: dict) -> None:
     """Write the run's state after `step` steps; keep the newest two. Called by all ranks; rank 0 writes."""
-    tensors = {name: p.data[:model.num_rows[name]] for name, p in model.named_parameters()}
+    tensors = {name: getattr(model, name).data[:row.shape[0]] for name, row in model.rows.items()}
     for sp in optimizer.sharded_params:
         for key, x in sp.state.items():
             whole = x
-            if dist.is_initialized():
-                whole = torch.empty_like(sp.param.data)
+            if dist.is_initialized() and not sp.row.tiny:
+                whole = x.new_empty(len(sp.param), *x.shape[1:])
                 all_gather_tensor(whole, x, async_op=True).wait()
             if log.file is not None:
-                tensors[f"{key}.{sp.name}"] = whole[:model.num_rows[sp.name]].cpu()
+                tensors[f"{key}.{sp.name}"] = whole[:sp.row.shape[0]].cpu()
     if log.file is None:
         return
     path = log.folder / f"step_{step:06d}.safetensors"
@@ -1380,11 +1688,12 @@ def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Cl
         log.write(f"checkpoint: none in {s.log_dir}, starting anew")
         return 0
     for sp in optimizer.sharded_params:
-        num_rows, whole = model.num_rows[sp.name], torch.zeros_like(sp.param.data)
-        sp.param.data[:num_rows] = tensors[sp.name].to(whole)
+        num_rows = sp.row.shape[0]
+        sp.param.data[:num_rows] = tensors[sp.name].to(sp.param.data)
         for key, x in sp.state.items():
+            whole = x.new_zeros(len(sp.param), *x.shape[1:])
             whole[:num_rows] = tensors[f"{key}.{sp.name}"].to(whole)
-            x.copy_(whole.chunk(optimizer.world_size)[optimizer.rank])
+            x.copy_(whole if sp.row.tiny else whole.chunk(optimizer.world_size)[optimizer.rank])
     clock.total = float(metadata["seconds"])
     log.write(f"resumed: {path}, step {metadata['step']}, after {clock.total:.1f} s of training")
     return int(metadata["step"])
@@ -1392,62 +1701,80 @@ def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Cl
 # ----------------------------------------------------------------------------------------------------------
 # Training
 
-def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_factor: float, momentum: float,
-               windows: tuple[int, int], stop: Callable[[], int] = int):
-    """One optimizer step, number `step` from 1. Returns its status over all ranks, float32 on the host: mean
-    loss, number of requests to stop, and for each parameter whether its gradient was not finite; and the CUDA
-    event of its arrival there (None on a CPU), so that the host need not wait for later steps."""
+class Status(NamedTuple):
+    """What a step tells the host, when it has arrived."""
+    step: Step
+    values: Tensor  # float32 on the host, over all ranks: mean loss, requests to stop, a flag a parameter
+    arrived: torch.cuda.Event | None  # of the values; None on a CPU
+
+    def wait(self) -> tuple[float, bool, list[bool]]:
+        """(mean loss, whether a rank asks to stop, by parameter whether its gradient was not finite)."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, stops, *flags = self.values.tolist()
+        return loss, stops > 0, [flag > 0 for flag in flags]
+
+def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
+               stop: Callable[[], int] = int) -> Status:
+    """One optimizer step. The host need not wait for it."""
     s, device = model.settings, model.scalars.device
     num_microbatches = s.num_microbatches(optimizer.world_size)
     loss_sum = torch.zeros((), device=device)
     count = num_microbatches // optimizer.world_size
     for number in range(count):
         optimizer.last_microbatch = number == count - 1
-        loss = model(*next(batches), windows) / num_microbatches
+        loss = model(*next(batches), step.stage) / num_microbatches
         loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
         loss_sum += loss.detach()
     optimizer.reduce_scatter()
-    flags = optimizer.step(lr_factor, momentum, step)
-    mean_loss = loss_sum / (s.batch_tokens // num_microbatches)
-    status = torch.stack([mean_loss, torch.full_like(loss_sum, stop() > 0), *flags])
+    flags = optimizer.step(step)
+    mean_loss = loss_sum / (step.stage.batch_tokens // num_microbatches)
+    values = torch.stack([mean_loss, torch.full_like(loss_sum, stop() > 0), *flags])
     if dist.is_initialized():
-        dist.all_reduce(status)
+        dist.all_reduce(values)
     optimizer.all_gather()
-    status = status.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
-    return status, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+    values = values.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+    arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+    return Status(step, values, arrived)
 
-def warm_up(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray) -> int:
-    """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit. Returns
-    how many. All take the first batch."""
-    s = model.settings
+def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_tokens: np.ndarray) -> int:
+    """Untimed steps in every stage (and validation passes, if compiled), undone bit for bit. Returns how
+    many. A stage's steps take its first batch."""
+    s, device = model.settings, model.scalars.device
     if not s.warmup_steps:
         return 0
-    batch = next(batches)
     states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
-    tensors = [*(p.data for p in model.parameters()), *states]
+    tensors = [*(p.data for p in model.parameters()), *model.buffers(), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # not in the GPU's memory
-    window_pairs = sorted({attention_windows(step, s) for step in range(s.num_iterations + 1)})
-    num_steps = max(s.warmup_steps, len(window_pairs))
-    for i in range(num_steps):
-        windows = window_pairs[i % len(window_pairs)]
-        train_step(model, optimizer, repeat(batch), i + 1, 1.0, s.muon_momentum_start, windows)
-    if model.kernels.compiled:
-        _, val_batch = next(validation_batches(val_tokens, s, 0, 1, model.scalars.device))
+    stages = list(dict.fromkeys(step.stage for step in plan.schedule[:-1]))
+    steps_of_stage = -(-s.warmup_steps // len(stages))
+    _, val_batch = next(validation_batches(val_tokens, s, 0, 1, device))
+    for stage in stages:
+        model.enter_stage(stage)
+        first = plan.microbatches_of(stage).start + optimizer.rank
+        batch = next(train_batches(plan, [first], device, optimizer.rank))
+        for number in range(steps_of_stage):
+            step = Step(number, stage, 1.0, s.muon_momentum_start)
+            train_step(model, optimizer, repeat(batch), step)
+        if model.kernels.compiled:
+            with torch.no_grad():
+                model(*val_batch, stage)
+    last = plan.schedule[-1].stage
+    if model.kernels.compiled and last not in stages:  # a stage that is only validated
         with torch.no_grad():
-            for windows in window_pairs:
-                model(*val_batch, windows)
+            model(*val_batch, last)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
-    return num_steps
+    return steps_of_stage * len(stages)
 
 @torch.no_grad()
 def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_size: int,
-             windows: tuple[int, int]) -> float:
+             stage: Stage) -> float:
     """Mean loss over all validation tokens, each counted once; the same number on every rank."""
     device = model.scalars.device
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     for number, batch in validation_batches(val_tokens, s, rank, world_size, device):
-        losses[number] = model(*batch, windows) / s.val_slice_tokens
+        losses[number] = model(*batch, stage) / s.val_slice_tokens
     if world_size > 1:  # each slice's loss is on one rank and zero on the others, so the sum is exact
         dist.all_reduce(losses)
     return losses.double().mean().item()
@@ -1465,26 +1792,30 @@ def catch_signals() -> Callable[[], int]:
 
     return signal_number
 
-def train(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray, s: Settings, log: Log,
-          clock: Clock, identity: dict, first_step: int) -> int:
+def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
+          log: Log, clock: Clock, identity: dict, first_step: int) -> int:
     """The race: train and validate until the target or the last step; the clock stops during validation.
     Returns the exit code. Raises UserError if the loss or a gradient is not finite."""
-    rank, world_size, stop = optimizer.rank, optimizer.world_size, catch_signals()
-    stopping, running = False, deque()
-    names = ["the loss", *(f"the gradient of {sp.name}" for sp in optimizer.sharded_params)]
+    s, rank, world_size = model.settings, optimizer.rank, optimizer.world_size
+    signal_number = catch_signals()
+    stopping = False
+    running = deque()  # the Status of each step that the host has not waited for
+    stage = None
 
     def finish_step() -> bool:
         """Wait for the oldest running step and log it; returns whether a rank asked to stop."""
-        step, (status, arrived) = running.popleft()
-        if arrived is not None:
-            arrived.synchronize()
-        loss, stops, *flags = status.tolist()
-        spoiled = [name for name, flag in zip(names, [not math.isfinite(loss), *flags]) if flag]
+        status = running.popleft()
+        loss, stop, not_finite = status.wait()
+        spoiled = [] if math.isfinite(loss) else ["the loss"]
+        for sp, flag in zip(optimizer.sharded_params, not_finite):
+            if flag:
+                spoiled.append(f"the gradient of {sp.name}")
+        steps_done = status.step.number + 1
         if spoiled:
-            raise UserError(f"step {step}: expected finite numbers, found inf or nan in {', '.join(spoiled)};"
-                            " lower the learning rates, or go on from a checkpoint.")
-        log.step(step, loss, clock)
-        return stops > 0
+            raise UserError(f"step {steps_done}: expected finite numbers, found inf or nan in "
+                            f"{', '.join(spoiled)}; lower the learning rates, or go on from a checkpoint.")
+        log.step(steps_done, loss, clock)
+        return stop
 
     gc.collect()
     gc.freeze()
@@ -1492,34 +1823,42 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarr
     if world_size > 1:
         dist.barrier()  # the clock starts when the last rank is ready
     clock.start()
-    for step in range(first_step, s.num_iterations + 1):
-        last_step = step == s.num_iterations
-        validating = last_step or (s.val_loss_every and step % s.val_loss_every == 0)
-        saving = s.checkpoint_every and step % s.checkpoint_every == 0
+    for step in schedule[first_step:]:
+        if step.stage is not stage:
+            for entered in stages_between(schedule, stage, step.stage):
+                model.enter_stage(entered)
+            stage = step.stage
+        last_step = step is schedule[-1]
+        validating = last_step or (s.val_loss_every and step.number % s.val_loss_every == 0)
+        saving = s.checkpoint_every and step.number % s.checkpoint_every == 0
         if validating or saving or stopping:
             clock.stop()
             while running:
                 stopping |= finish_step()
             if validating:
-                val_loss = validate(model, val_tokens, s, rank, world_size, attention_windows(step, s))
-                log.validation(step, val_loss, clock)
+                val_loss = validate(model, val_tokens, s, rank, world_size, step.stage)
+                log.validation(step.number, val_loss, clock)
                 last_step = last_step or val_loss <= s.target_loss
-            if s.checkpoint_every and step > first_step and (saving or stopping or last_step):
-                save_checkpoint(log, model, optimizer, step, clock.total, identity)
+            if s.checkpoint_every and step.number > first_step and (saving or stopping or last_step):
+                save_checkpoint(log, model, optimizer, step.number, clock.total, identity)
             if last_step or stopping:
                 break
             clock.start()
-        running.append((step + 1, train_step(
-            model, optimizer, batches, step + 1, lr_scale(step, s), muon_momentum(step, s),
-            attention_windows(step, s), stop)))
+        running.append(train_step(model, optimizer, batches, step, signal_number))
         if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step()
     if last_step:
-        log.result(step, val_loss, clock)
+        log.result(step.number, val_loss, clock)
         return 0
-    number = stop() or signal.SIGTERM  # another rank got the signal: say SIGTERM
-    log.write(f"stopped by {signal.Signals(number).name} after step {step} of {s.num_iterations}")
+    number = signal_number() or signal.SIGTERM  # another rank got the signal: say SIGTERM
+    log.write(f"stopped by {signal.Signals(number).name} after step {step.number} of {s.num_iterations}")
     return 128 + number
+
+def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> list[Stage]:
+    """The stages after `left` (None: from the start) up to and with `entered`, in order."""
+    stages = list(dict.fromkeys(step.stage for step in schedule))
+    first = 0 if left is None else stages.index(left) + 1
+    return stages[first:stages.index(entered) + 1]
 
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
@@ -1551,11 +1890,13 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
     """Device, batch and parameter counts, a line each."""
     with torch.device("meta"):
         counts = {name: p.numel() for name, p in GPT(s, Kernels()).named_parameters()}
-    count, groups = s.num_microbatches(world_size), " + ".join(f"{n:,} {name}" for name, n in counts.items())
-    return [f"device: {device.type} ({why_device})",
-            f"batch: {world_size} ranks x {count // world_size} microbatches x {s.batch_tokens // count:,} "
-            f"tokens = {s.batch_tokens:,} tokens/step",
-            f"parameters: {sum(counts.values()):,} = {groups}"]
+    lines = [f"device: {device.type} ({why_device})"]
+    count = s.num_microbatches(world_size)
+    for batch_tokens in s.batch_tokens:
+        lines.append(f"batch: {world_size} ranks x {count // world_size} microbatches x "
+                     f"{batch_tokens // count:,} tokens = {batch_tokens:,} tokens/step")
+    groups = " + ".join(f"{n:,} {name}" for name, n in counts.items())
+    return [*lines, f"parameters: {sum(counts.values()):,} = {groups}"]
 
 def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
@@ -1565,9 +1906,11 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     if dry_run:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         world_size = s.nproc or max(w for w in range(1, gpus + 1) if w == 1 or not world_size_problem(s, w))
-    settings = [f"{k}: {value!r}{'  (overridden)' * (k in overrides)}" for k, value in asdict(s).items()]
+    settings = [f"{name}: {setting_text(value)}{'  (overridden)' * (name in overrides)}"
+                for name, value in asdict(s).items()]
     val_tokens = read_validation(s)
-    plan = plan_packing(open_shards(s, "train_files"), s, s.num_microbatches(world_size))
+    schedule = make_schedule(s)
+    plan = plan_packing(open_shards(s, "train_files"), s, schedule, s.num_microbatches(world_size))
     about = [why_preset, *describe_run(s, device, why_device, world_size), plan.summary]
     if dry_run:
         print("settings:", *("  " + setting for setting in settings), *about, sep="\n")
@@ -1580,20 +1923,21 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         model = GPT(s, kernels, world_size)
         init_weights(model, s.seed)
         model.to(device)
-        optimizer, clock = make_optimizer(model, s, rank, world_size), Clock(device)
+        optimizer, clock = make_optimizer(model, rank, world_size), Clock(device)
         identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
         if kernels.compiled:
             compile_blocks(model)
-        num_steps = warm_up(model, optimizer, train_batches(plan, s, rank, world_size, device, 0), val_tokens)
-        batches = train_batches(plan, s, rank, world_size, device, first_step)
+        num_steps = warm_up(model, optimizer, plan, val_tokens)
+        numbers = microbatches_of_rank(plan, first_step, rank, world_size)
+        batches = train_batches(plan, numbers, device, rank)
         ready, compiled = f"ready after {time.monotonic() - begun:.1f} s", graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
-        code = train(model, optimizer, batches, val_tokens, s, log, clock, identity, first_step)
+        code = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
             prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-            text = generate(model, attention_windows(s.num_iterations, s), prompt, s.sample_tokens)
+            text = generate(model, schedule[-1].stage, prompt, s.sample_tokens)
             before, after = (bytes(x).decode(errors="replace") for x in (prompt, text[len(prompt):]))
             log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
         if kernels.compiled:
@@ -1607,13 +1951,13 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     return code
 
 @torch.no_grad()
-def generate(model: GPT, windows: tuple[int, int], ids: list[int], length: int, seed: int = 0):
+def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
     """`ids` and up to `length` tokens that the model draws after them, at a temperature of 0.8."""
     s, device, generator = model.settings, model.scalars.device, torch.Generator().manual_seed(seed)
     for _ in range(length):
         inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
         cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
-        x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), windows)[-1]  # never the compiled version
+        x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), stage)[-1]  # never the compiled version
         logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
         token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
         if token == s.bos_id:  # the document ends

@@ -10,28 +10,30 @@ It runs on the CPU, with the settings that the checkpoint holds, and draws at a 
 import argparse
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import GPT, Kernels, Settings, UserError
+from train_gpt import GPT, Kernels, Stage, UserError
 
 
-def load_model(path: Path) -> tuple[GPT, tuple[int, int]]:
-    """The model of a checkpoint and its attention windows. Raises UserError if the file cannot give them."""
+def load_model(path: Path) -> tuple[GPT, Stage]:
+    """The model of a checkpoint and its stage. Raises UserError if the file cannot give them."""
     tensors, metadata = train_gpt.read_safetensors(path)
     about = json.loads(metadata["run"])
     try:
-        s = Settings(**{f.name: about[f.name] for f in fields(Settings) if f.name in about})
+        s = train_gpt.restore_settings(about)
         model = GPT(s, Kernels())
         for name, p in model.named_parameters():
             p.data.copy_(tensors[name])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path}: expected a checkpoint of this train_gpt.py, found {error!r}; take the "
                         "version that wrote it: the log beside it holds the source.") from None
-    return model, train_gpt.attention_windows(int(metadata["step"]), s)
+    schedule = train_gpt.make_schedule(s)
+    for stage in train_gpt.stages_between(schedule, None, schedule[int(metadata["step"])].stage):
+        model.enter_stage(stage)
+    return model, stage
 
 
 def get_tokenizer(vocab_size: int):
@@ -59,9 +61,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     try:
-        model, windows = load_model(args.checkpoint)
+        model, stage = load_model(args.checkpoint)
         encode, decode = get_tokenizer(model.settings.vocab_size)
-        print(decode(train_gpt.generate(model, windows, encode(args.prompt), args.length, args.seed)))
+        print(decode(train_gpt.generate(model, stage, encode(args.prompt), args.length, args.seed)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1

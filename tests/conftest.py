@@ -26,9 +26,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL = dict(
-    model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, vocab_multiple=8, bos_id=49, batch_tokens=512,
-    microbatches=8, max_seq_len=40, val_tokens=256, val_slice_tokens=64, num_iterations=6, val_loss_every=3,
-    warmup_steps=3, window_block=4, dtype="float32", torch_compile=False,
+    model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, vocab_multiple=8, bos_id=49,
+    batch_tokens=(512,), microbatches=8, max_seq_len=(40,), val_tokens=256, val_slice_tokens=64,
+    num_iterations=6, val_loss_every=3, warmup_steps=3, window_block=4, dtype="float32", torch_compile=False,
 )
 
 
@@ -57,6 +57,16 @@ def fresh_model(s, seed=0, world_size=1):
     model = train_gpt.GPT(s, train_gpt.Kernels(), world_size)
     train_gpt.init_weights(model, seed)
     return model
+
+
+def stage_of(s, long_window, short_window):
+    """The first stage of a run, with these windows in tokens."""
+    return train_gpt.make_stages(s)[0]._replace(long_window=long_window, short_window=short_window)
+
+
+def step_of(s, number, lr_factor, momentum, windows=(12, 4)):
+    """What a step is told, number from 0."""
+    return train_gpt.Step(number, stage_of(s, *windows), lr_factor, momentum)
 
 
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
@@ -94,7 +104,9 @@ def relative(found, expected):
 def overrides(s):
     """The environment that makes these settings: those that are not the speedrun's."""
     values = {f.name: getattr(s, f.name) for f in fields(s) if getattr(s, f.name) != f.default}
-    texts = {name.upper(): int(x) if isinstance(x, bool) else x for name, x in values.items()}
+    texts = {}
+    for name, x in values.items():
+        texts[name.upper()] = int(x) if isinstance(x, bool) else train_gpt.setting_text(x).strip("'")
     return {"PRESET": "speedrun"} | texts
 
 

@@ -31,8 +31,9 @@ import train_gpt
 from train_gpt import UserError, read_safetensors, write_safetensors
 
 # Four blocks with every feature; steps so small that rounding stays rounding; the target is never reached.
-TINY = dict(layout="AM A+M M AM", value_embeds="0..0", window_pattern="LSSL", batch_tokens=64, microbatches=2)
-TINY |= dict(max_seq_len=20, val_tokens=64, val_slice_tokens=32, warmup_steps=0, scalar_lr_mult=0.01)
+TINY = dict(layout="AM A+M M AM", value_embeds="0..0", window_pattern="LSSL", microbatches=2)
+TINY |= dict(batch_tokens=(64,), max_seq_len=(20,))
+TINY |= dict(val_tokens=64, val_slice_tokens=32, warmup_steps=0, scalar_lr_mult=0.01)
 TINY |= dict(target_loss=0.0, checkpoint_every=1, device="cpu")
 
 
@@ -123,7 +124,11 @@ def last_lines(log_dir):
 
 def at_step(number, act):
     """A fault: act() is called as step `number`, from 1, begins."""
-    before(train_gpt, "train_step", lambda m, o, batches, step, *_: act() if step == number else None)
+    def act_at(model, optimizer, batches, step, *_):
+        if step.number == number - 1:
+            act()
+
+    before(train_gpt, "train_step", act_at)
 
 
 # ---- The file
@@ -184,7 +189,7 @@ def killed_at(n, rank):
 def saver(s, tmp_path):
     """saver(step): write that checkpoint of a fresh model."""
     model = fresh_model(s)
-    optimizer = train_gpt.make_optimizer(model, s, 0, 1)
+    optimizer = train_gpt.make_optimizer(model, 0, 1)
     log = SimpleNamespace(folder=tmp_path, file=sys.stdout, write=print)
     return lambda step: train_gpt.save_checkpoint(log, model, optimizer, step, 0.5, dict(seed=0))
 
@@ -245,12 +250,13 @@ def test_a_run_goes_on_at_another_world_size_up_to_rounding(s, whole, first, the
 def choose(s, resume="auto", source=None, world_size=1):
     """The log's lines on the checkpoint that RESUME means; the last says which. Raises UserError."""
     shards = train_gpt.open_shards(s, "train_files")
-    plan = train_gpt.plan_packing(shards, s, s.num_microbatches(world_size))
+    schedule = train_gpt.make_schedule(s)
+    plan = train_gpt.plan_packing(shards, s, schedule, s.num_microbatches(world_size))
     source = source or (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     identity = train_gpt.identify_run(s, source, plan, train_gpt.read_validation(s), world_size)
     model, clock, lines = fresh_model(s), train_gpt.Clock(CPU), []
     log = SimpleNamespace(settings=replace(s, resume=str(resume)), write=lines.append)
-    train_gpt.load_checkpoint(log, model, train_gpt.make_optimizer(model, s, 0, 1), clock, identity)
+    train_gpt.load_checkpoint(log, model, train_gpt.make_optimizer(model, 0, 1), clock, identity)
     return lines
 
 
@@ -400,10 +406,10 @@ def spoiled(what, rank):
     """NaN in the loss or a gradient of step 3 on rank 1."""
 
     def spoil(model, optimizer, batches, step, *_):
-        if step == 3 and what == "the loss":
+        if step.number == 2 and what == "the loss":
             plain = train_gpt.softcapped_loss
             model.kernels = train_gpt.Kernels(head_loss=lambda *case: plain(*case) * torch.nan)
-        elif step == 3:
+        elif step.number == 2:
             model.mlp_bank.register_hook(lambda grad: grad * torch.nan)
 
     if rank == 1:

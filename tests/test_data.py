@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, SMALL, Run, before, fresh_model, overrides, ran, random_documents, write_shard
+from conftest import CPU, SMALL, Run, before, fresh_model, overrides, ran, random_documents, stage_of
+from conftest import write_shard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,8 @@ BOS = SMALL["bos_id"]
 
 def read_data(s):
     """What a run reads before step 0: the validation tokens and the plan."""
-    return train_gpt.read_validation(s), train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, 8)
+    val_tokens, shards = train_gpt.read_validation(s), train_gpt.open_shards(s, "train_files")
+    return val_tokens, train_gpt.plan_packing(shards, s, train_gpt.make_schedule(s), 8)
 
 
 def complaint(s):
@@ -152,26 +154,29 @@ class Corpus:
             return rng.integers(0, BOS, size=n).tolist()
 
         self.shards = [[[BOS, *draw(length - 1)] for length in shard] for shard in lengths]
-        files = dict(train_files=str(Path(folder) / "*.bin"), max_seq_len=longest, epochs=epochs)
-        files["batch_tokens"] = 8 * microbatch_tokens
+        files = dict(train_files=str(Path(folder) / "*.bin"), max_seq_len=(longest,), epochs=epochs)
+        files["batch_tokens"] = (8 * microbatch_tokens,)
         self.s = replace(train_gpt.Settings(), **SMALL | files)
         for i, (shard, before_first) in enumerate(zip(self.shards, junk)):
             write_shard(Path(folder) / f"{i}.bin", sum(shard, draw(before_first)))
 
     def pack(self, num_microbatches=8):
         """What a plain packer makes of it, cut to whole steps."""
-        found = pack(self.shards, self.s.batch_tokens // num_microbatches, self.s.max_seq_len, self.s.epochs)
+        [batch_tokens], [longest] = self.s.batch_tokens, self.s.max_seq_len
+        found = pack(self.shards, batch_tokens // num_microbatches, longest, self.s.epochs)
         return found[: len(found) // num_microbatches * num_microbatches]
 
     def plan(self, steps, num_microbatches=8):
-        s = replace(self.s, num_iterations=steps)
-        return train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, num_microbatches)
+        s = replace(self.s, num_iterations=steps, window_schedule=(2,))  # one stage
+        shards, schedule = train_gpt.open_shards(s, "train_files"), train_gpt.make_schedule(s)
+        return train_gpt.plan_packing(shards, s, schedule, num_microbatches)
 
     def batches(self, steps, world_size=1, first_step=0):
         """The generators of all ranks."""
         plan = self.plan(steps, max(8, world_size))
-        return [train_gpt.train_batches(plan, self.s, rank, world_size, CPU, first_step)
-                for rank in range(world_size)]
+        numbers = [train_gpt.microbatches_of_rank(plan, first_step, rank, world_size)
+                   for rank in range(world_size)]
+        return [train_gpt.train_batches(plan, own, CPU, rank) for rank, own in enumerate(numbers)]
 
     def check(self, world_size=1):
         """That the batches of all ranks, in the order of the microbatches, are those of the plain packer."""
@@ -349,7 +354,7 @@ def test_validation_batches_have_the_same_shapes_for_all_slices_and_ranks(small,
 
 
 def test_the_validation_loss_is_the_mean_over_all_tokens(small, val_tokens):
-    model = fresh_model(small)
+    model, stage = fresh_model(small), stage_of(small, 12, 4)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -357,7 +362,7 @@ def test_the_validation_loss_is_the_mean_over_all_tokens(small, val_tokens):
         for pieces in slices(val_tokens):
             tokens = torch.tensor(sum(pieces, []))
             starts = torch.tensor([0, *map(len, pieces[:-1]), len(pieces[-1]) - 1]).cumsum(0).int()
-            losses.append(model(tokens[:-1].int(), tokens[1:], starts, 64, (12, 4)).item())
+            losses.append(model(tokens[:-1].int(), tokens[1:], starts, 64, stage).item())
     assert max(losses) - min(losses) > 1
-    found = train_gpt.validate(model, val_tokens, small, 0, 1, (12, 4))
+    found = train_gpt.validate(model, val_tokens, small, 0, 1, stage)
     assert found == pytest.approx(sum(losses) / 256, rel=1e-6)

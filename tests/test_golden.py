@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, write_shard
+from conftest import CPU, ROOT, stage_of, write_shard
 
 import train_gpt
 
@@ -41,7 +41,7 @@ class Canonical:
 
     def __init__(self):
         self.s = replace(train_gpt.Settings(), model_dim=256, num_heads=2, mlp_dim=1024, dtype="float32",
-                         batch_tokens=NUM_TOKENS, microbatches=1, num_iterations=10,
+                         batch_tokens=(NUM_TOKENS,), microbatches=1, num_iterations=10,
                          val_slice_tokens=NUM_TOKENS)
         self.model = train_gpt.GPT(self.s, train_gpt.Kernels())
         train_gpt.init_weights(self.model, 0)
@@ -80,8 +80,8 @@ class Canonical:
             scale = scales[name.rstrip("0123456789")]
             x.copy_(canonical(name, scale, *x.shape))
 
-    def windows(self, long):
-        return 128 * long, long // 2 * 128
+    def stage(self, long):
+        return stage_of(self.s, 128 * long, long // 2 * 128)
 
 
 def norms(parts):
@@ -97,27 +97,26 @@ def run():
 def test_losses_and_gradients_are_those_of_record_30(run):
     for long in (3, 7):
         run.model.zero_grad()
-        loss = run.model(*tokens_of(1), run.windows(long))
+        loss = run.model(*tokens_of(1), run.stage(long))
         assert loss.item() == pytest.approx(GOLDEN["math"][f"train_loss_sum_ws{long}"], rel=2e-7)
         loss.backward()
         found = norms(run.parts(lambda p: p.grad))
         assert found == pytest.approx(GOLDEN["math"][f"grad_norm_ws{long}"], rel=2e-4)
     with torch.no_grad():
-        loss = run.model(*tokens_of(1), run.windows(3)) / NUM_TOKENS
+        loss = run.model(*tokens_of(1), run.stage(3)) / NUM_TOKENS
     assert loss.item() == pytest.approx(GOLDEN["math"]["eval_loss_mean_ws3"], rel=2e-7)
 
 
 @pytest.mark.slow
 def test_ten_optimizer_steps_are_those_of_record_30(run):
     run = Canonical()
-    optimizer = train_gpt.make_optimizer(run.model, run.s, 0, 1)
+    optimizer = train_gpt.make_optimizer(run.model, 0, 1)
     losses = []
-    for step in range(10):
-        status, _ = train_gpt.train_step(
-            run.model, optimizer, iter([tokens_of(step + 1)]), step + 1, train_gpt.lr_scale(step, run.s),
-            train_gpt.muon_momentum(step, run.s), run.windows(3))
-        losses.append(status[0].item())
-        if step == 0:
+    for step in train_gpt.make_schedule(run.s)[:10]:
+        step = step._replace(stage=run.stage(3))
+        status = train_gpt.train_step(run.model, optimizer, iter([tokens_of(step.number + 1)]), step)
+        losses.append(status.values[0].item())
+        if step.number == 0:
             found = norms(run.parts(lambda p: p.data))
             for name, norm in GOLDEN["math"]["param_norm_after_1"].items():
                 # a gate is nearly singular, and so sensitive to rounding when it is orthogonalised
@@ -144,11 +143,13 @@ def test_75_microbatches_are_those_of_record_30(tmp_path):
     compared = 0
     for key, expected in GOLDEN["loader"].items():
         world_size, grad_accum, rank = (int(x) for x in key[1:].replace("ga", " ").replace("r", " ").split())
-        s = replace(train_gpt.Settings(), batch_tokens=8192, microbatches=world_size * grad_accum,
-                    max_seq_len=512, num_iterations=3, data_path=str(tmp_path),
+        s = replace(train_gpt.Settings(), batch_tokens=(8192,), microbatches=world_size * grad_accum,
+                    max_seq_len=(512,), num_iterations=3, data_path=str(tmp_path),
                     train_files="fineweb_train_*.bin")
-        plan = train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, s.microbatches)
-        batches = train_gpt.train_batches(plan, s, rank, world_size, CPU, 0)
+        shards, schedule = train_gpt.open_shards(s, "train_files"), train_gpt.make_schedule(s)
+        plan = train_gpt.plan_packing(shards, s, schedule, s.microbatches)
+        numbers = train_gpt.microbatches_of_rank(plan, 0, rank, world_size)
+        batches = train_gpt.train_batches(plan, numbers, CPU)
         for batch, figures in zip(batches, expected, strict=True):
             documents = int((batch.cu_seqlens < len(batch.inputs)).sum())
             assert [short_hash(batch.inputs), short_hash(batch.targets), documents] == figures

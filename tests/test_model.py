@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fresh_model, relative
+from conftest import fresh_model, relative, stage_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -150,7 +150,7 @@ LAYOUTS = [  # windows, settings
 def test_loss_and_gradients_are_those_of_the_plain_model(small, windows, changes):
     s = replace(small, **changes)
     model, (inputs, targets, cu_seqlens, longest) = random_model(s), batch_of(s)
-    loss = model(inputs, targets, cu_seqlens, longest, windows)
+    loss = model(inputs, targets, cu_seqlens, longest, stage_of(s, *windows))
     loss.backward()
     p = in_double(model)
     expected = plain_loss(p, inputs.long(), targets, STARTS, windows, s)
@@ -166,8 +166,8 @@ def test_in_validation_the_loss_is_summed_over_chunks_of_8192_tokens(small):
     s = replace(small, layout="AM", value_embeds="0", window_pattern="L", val_slice_tokens=16_400)
     model, batch = random_model(s), batch_of(s, num_tokens=16_400)
     with torch.no_grad():
-        in_validation = model(*batch, WINDOWS).item()
-    assert in_validation == pytest.approx(model(*batch, WINDOWS).item(), rel=1e-5)
+        in_validation = model(*batch, stage_of(s, *WINDOWS)).item()
+    assert in_validation == pytest.approx(model(*batch, stage_of(s, *WINDOWS)).item(), rel=1e-5)
 
 
 def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
@@ -182,7 +182,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
         return called
 
     model.kernels = train_gpt.Kernels(attention=spy("attention"), head_loss=spy("head_loss"))
-    loss = model(*batch_of(s), WINDOWS)
+    loss = model(*batch_of(s), stage_of(s, *WINDOWS))
     assert seen == dict(attention=[torch.bfloat16] * 4, head_loss=[torch.bfloat16, torch.float32])
     inputs, targets, *_ = batch_of(s)
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
 def test_norm_and_rotation_are_computed_in_float32_whatever_the_dtype():
     """The only rounding to bfloat16 is that of the result."""
     x = torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
-    narrow, wide = (train_gpt.Norm.apply(y, *train_gpt.rotary_cos_sin(300, 16)) for y in (x, x.float()))
+    narrow, wide = (train_gpt.norm_and_rotate(y, *train_gpt.rotary_cos_sin(300, 16)) for y in (x, x.float()))
     assert torch.equal(narrow, wide.bfloat16())
 
 
@@ -205,7 +205,7 @@ def test_the_blocks_compile_in_one_graph_with_the_same_loss_and_gradients(small)
     compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend="aot_eager")
     for hidden in (model.hidden, compiled):
         model.hidden = hidden
-        loss = model(*batch_of(s), WINDOWS)
+        loss = model(*batch_of(s), stage_of(s, *WINDOWS))
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     torch.compiler.reset()
     assert max(relative(b, a.double()) for a, b in zip(*results)) < 1e-5
@@ -214,7 +214,7 @@ def test_the_blocks_compile_in_one_graph_with_the_same_loss_and_gradients(small)
 @pytest.mark.parametrize("val_slice_tokens, longest", [(16, 64), (128, 128)])
 def test_the_longest_sequence_has_its_rotary_angles(small, val_slice_tokens, longest):
     s = replace(small, val_slice_tokens=val_slice_tokens)
-    assert random_model(s)(*batch_of(s, num_tokens=longest), WINDOWS).isfinite()
+    assert random_model(s)(*batch_of(s, num_tokens=longest), stage_of(s, *WINDOWS)).isfinite()
 
 
 # ---- Attention
@@ -304,10 +304,3 @@ def test_queries_and_keys_can_start_equal_in_the_channels_that_do_not_rotate(sma
     standing = torch.arange(s.model_dim) % (size // 2) >= size // 4
     for wq, wk, *_ in fresh_model(s).attn_bank.detach().split(4):
         assert torch.equal((wq == wk).all(dim=1), standing)
-
-
-def test_a_parameter_without_initial_weights_is_an_error(small):
-    model = train_gpt.GPT(small, train_gpt.Kernels())
-    model.register_parameter("novelty", torch.nn.Parameter(torch.empty(3)))
-    with pytest.raises(KeyError, match="novelty"):
-        train_gpt.init_weights(model, 0)

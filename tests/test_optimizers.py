@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, ROOT, SMALL, before, fresh_model, normal, random_documents, server, write_shard
+from conftest import CPU, ROOT, SMALL, before, fresh_model, normal, random_documents, server, stage_of
+from conftest import step_of, write_shard
 
 import train_gpt
 
@@ -74,22 +75,24 @@ def start(folder, s, rank=0, world_size=1):
     model = fresh_model(s, world_size=world_size)
     with torch.no_grad():
         for i, (name, p) in enumerate(model.named_parameters()):
-            p[:model.num_rows[name]] += 0.02 * normal(model.num_rows[name], *p.shape[1:], seed=i)
+            num_rows = model.rows[name].shape[0]
+            p[:num_rows] += 0.02 * normal(num_rows, *p.shape[1:], seed=i)
     shard = train_gpt.TokenShard(folder / "train.bin", s)
-    plan = train_gpt.plan_packing([shard], s, s.num_microbatches(world_size))
-    batches = train_gpt.train_batches(plan, s, rank, world_size, CPU, 0)
-    return model, train_gpt.make_optimizer(model, s, rank, world_size), batches
+    plan = train_gpt.plan_packing([shard], s, train_gpt.make_schedule(s), s.num_microbatches(world_size))
+    numbers = train_gpt.microbatches_of_rank(plan, 0, rank, world_size)
+    batches = train_gpt.train_batches(plan, numbers, CPU, rank)
+    return model, train_gpt.make_optimizer(model, rank, world_size), batches
 
 
 def settings(**changes):
-    """With an eps that keeps Adam from following the sign of what is rounding alone."""
-    return replace(train_gpt.Settings(), **SMALL | dict(adam_eps=1e-3) | changes)
+    return replace(train_gpt.Settings(), **SMALL | changes)
 
 
 def train_steps_are_those_of_one_rank(rank, world_size, folder):
     """But for rounding. Collectives are two for each parameter, in one order on all ranks."""
     s, runs, called = settings(), [], []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "ADAM_EPS", 1e-3)  # so that Adam does not follow the sign of rounding alone
         for owner, name in ((train_gpt, "reduce_scatter_tensor"), (train_gpt, "all_gather_tensor"),
                             (dist, "all_reduce")):
             patch.setattr(owner, name, getattr(owner, name))  # put back at the end
@@ -99,10 +102,10 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
             if n == 1:
                 patch.setattr(dist, "is_initialized", lambda: False)
             stops = [int, int, lambda last=r == n - 1: 15 * last]
-            statuses = [train_gpt.train_step(model, optimizer, batches, i + 1, *SCHEDULE[i], (12, 4), stop)
+            statuses = [train_gpt.train_step(model, optimizer, batches, step_of(s, i, *SCHEDULE[i]), stop)
                         for i, stop in enumerate(stops)]
             patch.setattr(dist, "is_initialized", lambda: True)
-            runs.append((model, [status.tolist() for status, _ in statuses]))
+            runs.append((model, [status.values.tolist() for status in statuses]))
     (one, expected), (model, found) = runs
     assert [status[0] for status in found] == pytest.approx([status[0] for status in expected], rel=1e-5)
     assert [status[1:] for status in found] == [[0] * 8, [0] * 8, [1] + [0] * 7], "one asks to stop, all hear"
@@ -115,7 +118,8 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
     orders = from_all_ranks(called, world_size)
     head = tuple(s_ // world_size if i == 0 else s_ for i, s_ in enumerate(one.lm_head.shape))
     assert called[0] == ("reduce_scatter_tensor", head), "the head's is under way first"
-    assert len(called) == 3 * (2 * 7 + 1) and all(order == orders[0] for order in orders), orders
+    # two for each of five parameters, one for the tiny ones together, one for the status
+    assert len(called) == 3 * (2 * 5 + 2) and all(order == orders[0] for order in orders), orders
 
 
 def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folder):
@@ -173,19 +177,28 @@ def test_several_ranks(folder, tmp_path, monkeypatch, world_size, check):
 
 # ---- One rank
 
-MUON = train_gpt.Muon(torch.float32, train_gpt.XXT)
-ADAM = train_gpt.Adam(0.8, 0.95, 0.05)  # such an eps shows where it is added
+def optimizer_of(params, rule, lrs, **columns):
+    """Of parameters with this rule at these rates."""
+    rows = {name: train_gpt.Row(p.shape, rule._replace(lr=lrs[name]), train_gpt.zeros, **columns)
+            for name, p in params.items()}
+    return train_gpt.ShardedOptimizer(params, rows, 0, 1)
 
 
+MUON = train_gpt.Muon(0.0, torch.float32)
+ADAM = train_gpt.Adam(0.0, (0.8, 0.95))
+
+
+@pytest.mark.parametrize("columns", [{}, dict(tiny=True)])
 @pytest.mark.parametrize("rule, plain, shapes", [
     (MUON, PlainMuon, dict(tall=(16, 6, 4), wide=(8, 3, 8), square=(8, 4, 4))),
     (ADAM, PlainAdam, dict(a=(8, 3), b=(16, 5), c=(24, 2))),
 ])
-def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes):
+def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes, columns, monkeypatch):
+    monkeypatch.setattr(train_gpt, "ADAM_EPS", 0.05)  # such an eps shows where it is added
     params = {name: torch.nn.Parameter(normal(*shape)) for name, shape in shapes.items()}
     lrs = {name: 0.025 + 0.1 * i for i, name in enumerate(shapes)}
     references = {name: plain(p, lrs[name]) for name, p in params.items()}
-    optimizer = train_gpt.ShardedOptimizer({name: (p, rule, lrs[name]) for name, p in params.items()}, 0, 1)
+    optimizer = optimizer_of(params, rule, lrs, **columns)
     for step, (lr_scale, momentum) in enumerate(SCHEDULE):
         expected = {}
         for i, (name, p) in enumerate(params.items()):
@@ -193,7 +206,7 @@ def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes):
             expected[name] = references[name].step(p.grad.double(), lr_scale, momentum)
         optimizer.reduce_scatter()
         assert all(p.grad is None for p in params.values()), "the gradients are used up"
-        optimizer.step(lr_scale, momentum, step + 1)
+        optimizer.step(train_gpt.Step(step, None, lr_scale, momentum))
         optimizer.all_gather()
         for sp in optimizer.sharded_params:
             found = [sp.param.detach(), *sp.state.values()]
@@ -204,7 +217,7 @@ def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes):
 @pytest.mark.slow
 def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64():
     p = torch.nn.Parameter(normal(64, 8).bfloat16())
-    adam = train_gpt.ShardedOptimizer({"p": (p, train_gpt.Adam(0.8, 0.95, 1e-10), 0.1)}, 0, 1)
+    adam = optimizer_of({"p": p}, ADAM, {"p": 0.1})
     (sp,), far = adam.sharded_params, PlainAdam(p, 0.1, eps=1e-10)
     held, unequal = [p.data, *sp.state.values()], 0
     for i in range(1000):
@@ -214,7 +227,7 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
         right, expected = far.step(grad.double(), 1.0, 0.0), near.step(grad.double(), 1.0, 0.0)
         p.grad = grad
         adam.reduce_scatter()
-        adam.step(1.0, 0.0, i + 1)
+        adam.step(train_gpt.Step(i, None, 1.0, 0.0))
         unequal += sum(int((x != y.bfloat16()).sum()) for x, y in zip(held, expected))
     assert all(x.dtype == torch.bfloat16 for x in held)
     assert unequal < 1e-3 * 3 * 1000 * p.numel(), "float32 and float64 round alike, save for near ties"
@@ -227,7 +240,7 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
 def test_every_parameter_is_trained_once(small, changes):
     s = replace(small, **changes)
     model = fresh_model(s)
-    trained = [sp.param for sp in train_gpt.make_optimizer(model, s, 0, 1).sharded_params]
+    trained = [sp.param for sp in train_gpt.make_optimizer(model, 0, 1).sharded_params]
     assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
 
 
@@ -235,26 +248,30 @@ def test_a_parameter_without_a_row_in_the_table_raises_key_error(small):
     model = fresh_model(small)
     model.register_parameter("newcomer", torch.nn.Parameter(torch.zeros(3, 3)))
     with pytest.raises(KeyError, match="newcomer"):
-        train_gpt.make_optimizer(model, small, 0, 1)
+        train_gpt.make_optimizer(model, 0, 1)
 
 
 def test_who_trains_what_at_which_rate_and_dtype():
     s = train_gpt.Settings()
     with torch.device("meta"):
-        optimizer = train_gpt.make_optimizer(train_gpt.GPT(s, train_gpt.Kernels()), s, 0, 1)
-    found = {sp.name: (sp.rule, sp.lr, {x.dtype for x in sp.state.values()})
-             for sp in optimizer.sharded_params}
-    muon, adam = train_gpt.Muon(torch.bfloat16, train_gpt.XXT), train_gpt.Adam(0.8, 0.95, 1e-10)
-    single, half = {torch.float32}, {torch.bfloat16}
+        optimizer = train_gpt.make_optimizer(train_gpt.GPT(s, train_gpt.Kernels()), 0, 1)
+    found = {sp.name: (sp.rule, {x.dtype for x in sp.state.values()}) for sp in optimizer.sharded_params}
+    muon, single, half = train_gpt.Muon(0.05, torch.bfloat16), {torch.float32}, {torch.bfloat16}
+
+    def adam(lr):
+        return train_gpt.Adam(pytest.approx(lr), (0.8, 0.95))
+
+    assert train_gpt.ADAM_EPS == 1e-10
     assert found == dict(
-        attn_bank=(muon, 0.05, single), gate_bank=(muon, 0.05, single), mlp_bank=(muon, 0.05, single),
-        embed=(adam, 0.6, half), value_embeds=(adam, 0.6, half), lm_head=(adam, 0.008, single),
-        scalars=(adam, 0.04, single))
+        attn_bank=(muon, single), gate_bank=(muon, single), mlp_bank=(muon, single),
+        embed=(adam(0.6), half), value_embeds=(adam(0.6), half), lm_head=(adam(0.008), single),
+        scalars=(adam(0.04), single))
 
 
 def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(folder):
     (model, _, batches), (*_, others) = (start(folder, settings()) for _ in range(2))
-    losses = [model(*next(others), (12, 4)) for _ in range(8)]
+    stage = stage_of(model.settings, 12, 4)
+    losses = [model(*next(others), stage) for _ in range(8)]
     expected = torch.autograd.grad(sum(losses) / 8, list(model.parameters()))
     calls = []
 
@@ -273,6 +290,7 @@ def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(f
         def all_gather(self):
             calls.append("all_gather")
 
-    status, _ = train_gpt.train_step(model, Recorder(), batches, 7, 0.5, 0.9, (12, 4))
-    assert calls == ["reduce_scatter", (0.5, 0.9, 7), "all_gather"]
-    assert status.tolist() == [pytest.approx(sum(losses).item() / 512, rel=1e-5), 0]
+    step = step_of(model.settings, 6, 0.5, 0.9)
+    status = train_gpt.train_step(model, Recorder(), batches, step)
+    assert calls == ["reduce_scatter", (step,), "all_gather"]
+    assert status.wait() == (pytest.approx(sum(losses).item() / 512, rel=1e-5), False, [])

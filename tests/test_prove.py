@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, environment, fresh_model
+from conftest import ROOT, environment, fresh_model, stage_of
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
@@ -85,14 +85,14 @@ def counted(function):
 
 
 def test_the_roofline_counts_the_products_of_blocks_head_and_optimizer_as_pytorch_does(small):
-    s = replace(small, batch_tokens=512, microbatches=1)
+    s = replace(small, batch_tokens=(512,), microbatches=1)
     parts = roofline.step_parts(s, 1, document=40)
     found = {(part.phase, part.name): part.tflop for part in parts}
     model = fresh_model(s)
     model.kernels = train_gpt.Kernels(attn_args=lambda *_: None, attention=lambda q, k, v, *_: v)
     tokens, starts = torch.zeros(512, dtype=torch.int32), torch.tensor([0, 512], dtype=torch.int32)
     x = []
-    assert counted(lambda: x.append(model.hidden(tokens, starts, 512, (8, 4)))) == pytest.approx(
+    assert counted(lambda: x.append(model.hidden(tokens, starts, 512, stage_of(s, 8, 4)))) == pytest.approx(
         found["blocks, forward", "products"])
     assert counted(lambda: x[0].sum().backward()) == pytest.approx(found["blocks, backward", "products"])
     head = x[0].detach().requires_grad_(), model.lm_head, tokens.long()

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, ROOT, environment, fresh_model, launch, overrides, ran
+from conftest import CPU, ROOT, before, environment, fresh_model, launch, overrides, ran
 
 import train_gpt
 from train_gpt import Clock, Log, Settings
@@ -47,8 +47,8 @@ def race(monkeypatch, tmp_path):
         trained, validated, saved, losses = [], [], [], iter(losses)
 
         def train_step(model, optimizer, batches, step, *_):
-            trained.append(step)
-            return torch.tensor([1.0, 0.0]), None
+            trained.append(step.number + 1)
+            return train_gpt.Status(step, torch.tensor([1.0, 0.0]), None)
 
         def validate(*_):
             validated.append(len(trained))
@@ -61,7 +61,9 @@ def race(monkeypatch, tmp_path):
             monkeypatch.setattr(train_gpt, function.__name__, function)
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
         optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[]), Log(s, 0)
-        code = train_gpt.train(None, optimizer, None, None, s, log, Clock(CPU), {}, 0)
+        model = SimpleNamespace(settings=s, enter_stage=lambda stage: None)
+        schedule = train_gpt.make_schedule(s)
+        code = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)
         lines = (log.folder / "log.txt").read_text().splitlines()
         return SimpleNamespace(trained=trained, validated=validated, saved=saved, lines=lines, code=code)
 
@@ -248,7 +250,7 @@ def sampled(small, tmp_path, monkeypatch, capfd):
         model = fresh_model(s)
         torch.manual_seed(0)
         torch.nn.init.normal_(model.lm_head)
-        tensors = {name: p.data[: model.num_rows[name]] for name, p in model.named_parameters()}
+        tensors = {name: p.data for name, p in model.named_parameters()}
         about = dict(step="2", run=json.dumps(asdict(s) | changes))
         train_gpt.write_safetensors(tmp_path / "step_000002.safetensors", tensors, about)
         monkeypatch.setattr(sys, "argv", ["sample.py", str(path), *arguments])
@@ -268,9 +270,9 @@ def test_a_sample_begins_with_its_prompt_and_is_that_of_its_seed(sampled):
 
 def test_a_sample_without_a_prompt_has_the_windows_of_the_checkpoints_step(sampled, monkeypatch):
     """Its n-grams are longer than the text at first."""
-    real, steps = train_gpt.attention_windows, []
-    monkeypatch.setattr(train_gpt, "attention_windows", lambda step, s: steps.append(step) or real(step, s))
-    assert sampled("--length", "2")[0] == 0 and steps == [2]
+    windows = []
+    before(train_gpt, "generate", lambda model, stage, *_: windows.append(stage.long_window), monkeypatch)
+    assert sampled("--length", "2")[0] == 0 and windows == [3 * 4], "step 2 of 9 is in the first stage"
 
 
 @pytest.mark.parametrize("changes, expected", [

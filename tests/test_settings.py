@@ -26,12 +26,12 @@ def problems(preset="speedrun", **environ):
 def test_the_speedrun_is_the_published_race():
     s = settings()
     assert s == Settings()
-    assert (s.num_iterations, s.batch_tokens, s.microbatches, s.max_seq_len) == (1705, 393_216, 8, 2048)
+    assert (s.num_iterations, s.batch_tokens, s.microbatches, s.max_seq_len) == (1705, (393_216,), 8, (2048,))
     assert (s.target_loss, s.val_loss_every, s.val_tokens, s.dtype) == (3.28, 125, 10_485_760, "bfloat16")
     assert (s.model_dim, s.num_heads, s.mlp_dim) == (768, 6, 3072)
     assert (s.vocab_size, s.padded_vocab, s.bos_id, s.attn_scale) == (50_257, 50_304, 50_256, 0.12)
-    assert (s.muon_lr, s.adam_lr, s.adam_beta1, s.adam_beta2, s.adam_eps) == (0.05, 0.008, 0.8, 0.95, 1e-10)
-    assert (s.embed_lr_mult, s.head_lr_mult, s.scalar_lr_mult) == (75, 1, 5)
+    assert (s.muon_lr, s.adam_lr, s.adam_beta1, s.adam_beta2) == (0.05, 0.008, 0.8, 0.95)
+    assert (s.embed_lr_mult, s.scalar_lr_mult) == (75, 5)
     assert (s.cooldown_frac, s.final_lr_frac, s.warmup_steps) == (0.45, 0.1, 30)
 
 
@@ -67,9 +67,10 @@ def test_without_preset_it_is_the_demo_unless_gpu_and_shards_are_here_and_a_line
 
 SAMPLES = dict(  # values that fit the speedrun, where an arbitrary one would contradict another setting
     device="cpu", dtype="float32", resume="auto", nproc="4", val_tokens="524288", val_slice_tokens="1048576",
-    batch_tokens="1280", microbatches="4", layout="M " * 11 + "A", value_embeds="." * 12, bos_id="5",
-    window_pattern="L" * 12, window_schedule="2,5", model_dim="96", num_heads="3", gate_channels="0",
-    vocab_size="50304", ngram_max="3", key_offset="1", equal_qk_start="1",
+    batch_tokens="1280,2560", microbatches="4", layout="M " * 11 + "A", value_embeds="." * 12, bos_id="5",
+    window_pattern="L" * 12, window_schedule="2,5", stage_starts="0,3", stage_lr_factors="1.0,1.5",
+    max_seq_len="99,98", model_dim="96", num_heads="3", gate_channels="0", vocab_size="50304",
+    ngram_max="3", key_offset="1", equal_qk_start="1",
 )
 
 
@@ -77,8 +78,12 @@ SAMPLES = dict(  # values that fit the speedrun, where an arbitrary one would co
 def test_every_setting_is_read_from_the_environment(name):
     """And no other setting is changed by it."""
     kind = type(getattr(Settings(), name))
-    text = SAMPLES.get(name, {int: "7", float: "0.5", bool: "0", str: "x"}[kind])
+    text = SAMPLES.get(name) or {int: "7", float: "0.5", bool: "0", str: "x"}[kind]
     together = dict(VALUE_EMBEDS="." * 12) if name == "layout" else {}
+    if kind is tuple:
+        s, changed, _ = read_settings({"PRESET": "speedrun", "WINDOW_SCHEDULE": "5,6", name.upper(): text})
+        assert train_gpt.setting_text(getattr(s, name)) == text and name in changed
+        return
     s, changed, _ = read_settings({"PRESET": "speedrun", name.upper(): text} | together)
     value = text == "1" if kind is bool else kind(text)
     assert value != getattr(Settings(), name), "it must differ from the default"
@@ -86,14 +91,17 @@ def test_every_setting_is_read_from_the_environment(name):
 
 
 @pytest.mark.parametrize("layout, stages", [
-    ("AM", [["A", "M"]]), ("A M", [["A"], ["M"]]), ("A+M MM", [["A+M"], ["M", "M"]]),
-    ("A+MM  A+M+A", [["A+M", "M"], ["A+M+A"]]),
+    ("AM", [["A0", "M0"]]), ("A M", [["A0"], ["M0"]]), ("A+M MM", [["A0+M0"], ["M1", "M2"]]),
+    ("A+MM  A+M+A", [["A0+M0", "M1"], ["A1+M2+A2"]]),
 ])
 def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(layout, stages):
     words = len(layout.split())
     s = settings(LAYOUT=layout, VALUE_EMBEDS="0."[:words], WINDOW_PATTERN="SL"[:words])
     blocks = train_gpt.parse_layout(s)
-    assert [block.sublayers for block in blocks] == stages
+    found = [["+".join(f"{kind}{number}" for kind, number in parts) for parts in block.sublayers]
+             for block in blocks]
+    assert found == stages
+    assert [block.skip_from for block in blocks] == [None, 0][:words]
     assert [block.value_embed for block in blocks] == [0, None][:words]
     assert [block.long_window for block in blocks] == [False, True][:words]
 
@@ -120,13 +128,23 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("WINDOW_SCHEDULE", "3,1", "at least 2"),
     ("BOS_ID", "50257", "an id below VOCAB_SIZE=50257"),
     ("BATCH_TOKENS", "1000", "a multiple of 16 x MICROBATCHES = 128"),
-    ("ADAM_EPS", "0", "a number above 0"),
+    ("BATCH_TOKENS", "128,256,1000", "a multiple of 16 x MICROBATCHES = 128"),
+    ("BATCH_TOKENS", "128,256", "one value, or one for each of the 3 stages"),
+    ("BATCH_TOKENS", "", "a whole number of at least 1"),
+    ("MAX_SEQ_LEN", "8,,9", "a whole number of at least 1"),
+    ("STAGE_STARTS", "0,5", "one value for each of the 3 stages, or none"),
+    ("STAGE_STARTS", "1,5,9", "steps that begin with 0 and grow"),
+    ("STAGE_STARTS", "0,9,5", "steps that begin with 0 and grow"),
+    ("STAGE_LR_FACTORS", "1,2", "one value, or one for each of the 3 stages"),
+    ("COOLDOWN_FRAC", "45", "a number from 0 to 1"),
+    ("FINAL_LR_FRAC", "1.5", "a number from 0 to 1"),
+    ("ATTN_SCALE", "0", "a number above 0"),
     ("VAL_TOKENS", "1000", "a multiple of VAL_SLICE_TOKENS=262144"),
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
     ("NGRAM_MAX", "6", "2 to 5"),
-    ("MUON_MOMENTUM_END", "1", "a number below 1"),
-    ("ADAM_BETA2", "1", "a number below 1"),
+    ("MUON_MOMENTUM_END", "1", "a number from 0 to below 1"),
+    ("ADAM_BETA2", "1", "a number from 0 to below 1"),
     ("NPROC", "3", "share 8 microbatches"),
     ("NPROC", "256", "a padded vocabulary of 50304 ids equally, found 256."),
 ])
@@ -186,7 +204,7 @@ def test_help_shows_every_setting_with_default_and_meaning_and_the_demos():
     done = launch("--help")
     assert done.returncode == 0 and "PRESET=frontier changes:" in done.stdout
     for f in fields(Settings):
-        (default,) = re.findall(rf"^ +{f.name}: {f.type.__name__} = (.+?)  # \S.+$", done.stdout, re.M)
+        (default,) = re.findall(rf"^ +{f.name}: \w+ = (.+?)  # \S.+$", done.stdout, re.M)
         assert eval(default) == f.default, f.name
     for name, value in [*train_gpt.PRESETS["demo"].items(), *train_gpt.PRESETS["frontier"].items()]:
         assert f"\n    {name} = {value!r}\n" in done.stdout + "\n"
@@ -208,7 +226,8 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     changed = {name.lower() for name in overrides(s)} - {"preset"}
     assert title == "settings:" and len(lines) == len(fields(Settings))
     for line, f in zip(lines, fields(Settings)):
-        assert line == f"  {f.name}: {getattr(s, f.name)!r}{'  (overridden)' * (f.name in changed)}"
+        mark = "  (overridden)" * (f.name in changed)
+        assert line == f"  {f.name}: {train_gpt.setting_text(getattr(s, f.name))}{mark}"
     assert batch == "batch: 1 ranks x 8 microbatches x 64 tokens = 512 tokens/step"
     counts = [(name, p.numel()) for name, p in train_gpt.GPT(s, train_gpt.Kernels()).named_parameters()]
     assert parameters == (f"parameters: {sum(count for _, count in counts):,} = "

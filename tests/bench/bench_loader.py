@@ -47,20 +47,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(3):
             write_shard(Path(folder) / f"{number}.bin", args.shard_tokens, train_gpt.Settings.bos_id)
-        steps = int(3 * args.shard_tokens * 0.7) // train_gpt.Settings.batch_tokens  # a third is dropped
+        steps = int(3 * args.shard_tokens * 0.7) // train_gpt.Settings.batch_tokens[0]  # a third is dropped
         s = replace(train_gpt.Settings(), train_files=f"{folder}/*.bin", num_iterations=steps)
         begun = time.perf_counter()
-        plan = train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, WORLD_SIZE)
+        schedule = train_gpt.make_schedule(s)
+        plan = train_gpt.plan_packing(train_gpt.open_shards(s, "train_files"), s, schedule, WORLD_SIZE)
         print(f"planning: {time.perf_counter() - begun:.2f} s\n{plan.summary}")
         for name, seconds in (("steps", args.step_ms / 1000), ("no sleep", 0.0)):
-            batches = train_gpt.train_batches(plan, s, 0, WORLD_SIZE, torch.device("cpu"), 0)
+            numbers = train_gpt.microbatches_of_rank(plan, 0, 0, WORLD_SIZE)
+            batches = train_gpt.train_batches(plan, numbers, torch.device("cpu"))
             waits, begun = [], time.perf_counter()
             for _ in range(steps):
                 start = time.perf_counter()
                 next(batches)
                 waits.append(1000 * (time.perf_counter() - start))
                 time.sleep(seconds)
-            rate = steps * s.batch_tokens / WORLD_SIZE / (time.perf_counter() - begun) / 1e6
+            rate = steps * s.batch_tokens[0] / WORLD_SIZE / (time.perf_counter() - begun) / 1e6
             print(f"{name}: next(batches) took {statistics.median(waits[1:]):.3f} ms in the median, at most "
                   f"{max(waits[1:]):.3f} ms in {steps - 1} steps, {rate:.1f}M tokens a second")
 

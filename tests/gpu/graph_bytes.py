@@ -43,11 +43,11 @@ H100 = SimpleNamespace(
     max_threads_per_block=1024, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20)
 
 
-def trace(train_gpt, mode, windows):
-    """The speedrun's forward and backward graphs, cut where torch.compile cuts, for each pair of windows.
+def trace(train_gpt, mode, stages):
+    """The speedrun's forward and backward graphs, cut where torch.compile cuts, for each of these stages.
     A graph break is an error."""
     s, graphs = train_gpt.Settings(), []
-    num_tokens = s.batch_tokens // s.microbatches
+    num_tokens = s.batch_tokens[0] // s.microbatches
     s = replace(s, val_slice_tokens=num_tokens)  # so that the rotary tables are no longer than that
 
     def keep(gm, _):
@@ -61,8 +61,8 @@ def trace(train_gpt, mode, windows):
         hidden = train_gpt.GPT(s, kernels).hidden
         hidden = torch.compile(hidden, backend=backend, fullgraph=True, dynamic=False)
         inputs, cu_seqlens = (torch.empty(n, dtype=torch.int32) for n in (num_tokens, 256))
-        for pair in windows:
-            hidden(inputs, cu_seqlens, s.max_seq_len, pair).sum().backward()
+        for stage in stages:
+            hidden(inputs, cu_seqlens, stage.max_seq_len, stage).sum().backward()
     return graphs
 
 
@@ -145,7 +145,7 @@ def main():
     sys.modules["train_gpt"] = train_gpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_gpt)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graphs = trace(train_gpt, mode, [(896, 384)])
+    graphs = trace(train_gpt, mode, train_gpt.make_stages(train_gpt.Settings())[1:2])
     kept = kept_bytes(graphs[0])
     pretend_to_have_an_h100()
     print("| graph | kernels and products | GB moved | of it pointwise | GB by Inductor's count | GB kept |")

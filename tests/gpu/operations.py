@@ -27,7 +27,7 @@ def time_call(function) -> float:
 
 def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
     """A table, by line. Each operation is timed in three rounds of all; one that fails is told in its row."""
-    tokens, dim, bfloat16 = s.batch_tokens // s.microbatches, s.model_dim, torch.bfloat16
+    tokens, dim, bfloat16 = s.batch_tokens[0] // s.microbatches, s.model_dim, torch.bfloat16
     on_gpu = device.type == "cuda"
 
     def randn(*shape, dtype=bfloat16):
@@ -55,10 +55,10 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
         gate_grad.unflatten(0, (blocks, -1)).mT, columns.unflatten(0, (blocks, -1))).sum(0))
 
     def residual(x, hidden, up):
-        return train_gpt.Norm.apply(x + F.linear(hidden, up))
+        return train_gpt.norm(x + F.linear(hidden, up))
 
     def residual_in_float32(x, hidden, up):  # not an addmm, which copies x first
-        return train_gpt.Norm.apply((x.float() + F.linear(hidden, up).float()).to(x.dtype))
+        return train_gpt.norm((x.float() + F.linear(hidden, up).float()).to(x.dtype))
 
     def compiled(function):
         return torch.compile(function, dynamic=False) if on_gpu else function
@@ -67,7 +67,7 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
         measure(f"norm(x + h @ c_proj.T), {function.__name__}", partial(compiled(function), x, hidden, up))
     heads = x.view(tokens, s.num_heads, -1).clone().requires_grad_()
     cos, sin = (table.to(device) for table in train_gpt.rotary_cos_sin(tokens, dim // s.num_heads))
-    rotate = compiled(train_gpt.Norm.apply)
+    rotate = compiled(train_gpt.norm_and_rotate)
     moved = 2 * x.nbytes / 1e12
     forward = torch.no_grad()(partial(rotate, heads, cos, sin))
     measure("norm of heads, rotated, forward", forward, "TB/s", moved)
@@ -81,7 +81,7 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
         flash = torch.nn.attention.current_flash_attention_impl() or "FA2"
         for window in (384, 896, 1408):
             keys = 1 + sum(min(window, i) for i in range(560)) / 560
-            args = train_gpt.varlen_args(starts, tokens, window, s.max_seq_len, bfloat16)
+            args = train_gpt.varlen_args(starts, tokens, window, s.max_seq_len[0], bfloat16)
             attention = partial(train_gpt.flash_attention, q, k, v, args, s.attn_scale)
             amount = 4 * tokens * dim * keys / 1e12
             measure(f"{flash}, window {window}, forward", torch.no_grad()(attention), "TFLOP/s", amount)

@@ -35,7 +35,7 @@ import train_gpt  # noqa: E402
 marks = []  # (step, long window, phase, time) of every mark, from training's first step on
 now = 0, 0  # the step under way and its long window
 head_loss = None  # the function that computes the head's loss in the step under way
-last_step_arguments = ()  # of train_step in the last step
+last_step = None  # what the last step was told
 first_batch = None
 
 def take_time():
@@ -86,13 +86,13 @@ def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
             mark("batch")
             yield batch
 
-    def step_with_marks(model, optimizer, batches, step, lr_factor, momentum, windows, *stop):
-        global now, last_step_arguments
-        now, last_step_arguments = (step, windows[0]), (step, lr_factor, momentum, windows)
-        if step == 1:
-            marks.clear()  # those of the warm-up, whose steps count from 1, too
+    def step_with_marks(model, optimizer, batches, step, *stop):
+        global now, last_step
+        now, last_step = (step.number, step.stage.long_window), step
+        if step.number == 0:
+            marks.clear()  # those of the warm-up, whose steps count from 0, too
         mark("between steps")
-        return train_step(model, optimizer, batches, step, lr_factor, momentum, windows, *stop)
+        return train_step(model, optimizer, batches, step, *stop)
 
     def wait_with_mark(sp):
         wait(sp)
@@ -102,9 +102,9 @@ def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
         result(self, *args)
         self.write(f"phases: {json.dumps(phases_of_steps())}", console=False)
 
-    def train_and_measure(model, optimizer, batches, val_tokens, s, log, *rest):
-        code = train(model, optimizer, batches, val_tokens, s, log, *rest)
-        step = partial(train_step, model, optimizer, repeat(first_batch), *last_step_arguments)
+    def train_and_measure(model, optimizer, batches, schedule, val_tokens, log, *rest):
+        code = train(model, optimizer, batches, schedule, val_tokens, log, *rest)
+        s, step = model.settings, partial(train_step, model, optimizer, repeat(first_batch), last_step)
         if profile:
             log.write(f"profile: {profile_step(step, profile if log.file else None)}")
         if rounds:

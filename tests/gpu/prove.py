@@ -275,7 +275,11 @@ def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: 
     """The named parts. data: a folder for the shards."""
     device = torch.device("cpu") if small else torch.device("cuda", 0)
     sizes, demo = SMALL if small else {}, train_gpt.PRESETS["demo"]
-    s = replace(train_gpt.Settings(), **{name.lower(): value for name, value in sizes.items()})
+    small_settings = {name.lower(): value for name, value in sizes.items()}
+    for name in ("batch_tokens", "max_seq_len"):
+        if name in small_settings:
+            small_settings[name] = (small_settings[name],)
+    s = replace(train_gpt.Settings(), **small_settings)
     given = {name: os.environ[name] for name in NAMES if name in os.environ}
     every = dict(PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0)
     shard = data / "synthetic.bin"

@@ -11,6 +11,7 @@ measured beside the estimate. None of this program's own numbers is a measuremen
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -54,14 +55,17 @@ def visible_keys(window: int, document: int) -> float:
 
 def block_parts(model: train_gpt.GPT, s: train_gpt.Settings, tokens: int, document: int) -> list[Part]:
     """Of `tokens` tokens through the blocks, activations and products in bfloat16."""
-    dim, num_attn, num_mlp, blocks = s.model_dim, model.num_attn, model.num_mlp, model.blocks
-    banks = [(name, p) for name, p in model.named_parameters() if "bank" in name]
-    weights = sum(p[0].numel() * model.num_rows[name] for name, p in banks)
+    dim, blocks = s.model_dim, model.blocks
+    num_attn, num_mlp = s.layout.count("A"), s.layout.count("M")
+    weights = sum(math.prod(row.shape) for row in model.rows.values() if isinstance(row.rule, train_gpt.Muon))
     products = 2 * tokens * weights / 1e12
     operands = 2 * (tokens * (num_attn * 6 * dim + num_mlp * 2 * (dim + s.mlp_dim)) + weights) / 1e9
-    windows = {train_gpt.attention_windows(step, s) for step in range(s.num_iterations)}  # (long, short)
-    keys = sum("".join(block.sublayers).count("A") *
-               fmean(visible_keys(w[not block.long_window], document) for w in windows) for block in blocks)
+    stages = {step.stage for step in train_gpt.make_schedule(s)[:-1]}
+    keys = 0.0  # of a query, over all attentions, in the mean of the stages
+    for block in blocks:
+        windows = [stage.long_window if block.long_window else stage.short_window for stage in stages]
+        num_parts = sum(kind == "A" for parts in block.sublayers for kind, _ in parts)
+        keys += num_parts * fmean(visible_keys(window, document) for window in windows)
     attention, moved = 4 * tokens * dim * keys / 1e12, 2 * tokens * 4 * dim * num_attn / 1e9
     parts = []
     for phase, times, flash in (("blocks, forward", 1, 1), ("blocks, backward", 2, 2.5)):
@@ -90,9 +94,12 @@ def newton_schulz_tflop(count: int, rows: int, cols: int, symmetric: bool = True
 def optimizer_parts(model: train_gpt.GPT, ranks: int) -> list[Part]:
     parts, sent = [], 0
     for name, p in model.named_parameters():
-        count, sent = p.numel() / ranks, sent + p.nbytes * (ranks - 1) / ranks
-        if "bank" in name:  # bytes: check, two lerps, norm and step; then those of the five steps
-            matrices = len(p) // ranks
+        row = model.rows[name]
+        share = 1 if row.tiny else ranks  # of the parameter that a rank updates
+        count, sent = p.numel() / share, sent + p.nbytes * (ranks - 1) / ranks
+        if isinstance(row.rule, train_gpt.Muon):
+            # bytes: check, two lerps, norm and step; then those of the five steps
+            matrices = len(p) // share
             rows, cols = sorted(p.shape[1:])
             moved = 50 * count + 5 * 2 * matrices * (4 * rows * cols + 5 * rows**2)
             parts.append(Part("Muon", name, newton_schulz_tflop(matrices, rows, cols), moved / 1e9, "bf16"))
@@ -106,7 +113,7 @@ def step_parts(s: train_gpt.Settings, ranks: int, document: int) -> list[Part]:
     with torch.device("meta"):
         model = train_gpt.GPT(s, train_gpt.Kernels(), ranks)
     microbatches = s.num_microbatches(ranks)
-    tokens, times = s.batch_tokens // microbatches, microbatches // ranks
+    tokens, times = s.batch_tokens[0] // microbatches, microbatches // ranks
     parts = block_parts(model, s, tokens, document) + head_parts(s, tokens)
     return [p._replace(tflop=times * p.tflop, gigabytes=times * p.gigabytes) for p in parts] + \
         optimizer_parts(model, ranks)
@@ -132,13 +139,14 @@ def main(argv=None) -> int:
         parser.error(str(error))
     if problem := train_gpt.world_size_problem(s, args.ranks):
         parser.error(problem)
-    if s.dtype != "bfloat16" or not s.fp8_head or s.ngram_rows:
-        parser.error("expected DTYPE=bfloat16, FP8_HEAD=1 and NGRAM_ROWS=0; nothing else is estimated")
+    if s.dtype != "bfloat16" or not s.fp8_head or s.ngram_rows or len(s.batch_tokens) > 1:
+        parser.error("expected DTYPE=bfloat16, FP8_HEAD=1, NGRAM_ROWS=0 and one BATCH_TOKENS; nothing else "
+                     "is estimated")
     rates, totals, measured = {name: getattr(args, name) for name in RATES}, {}, {}
     if args.measured:
         measured = read_phases(args.measured.read_text(encoding="utf-8"))
         measured["sum"] = sum(measured.values())
-    print(f"estimate, not measured: {args.ranks} ranks, {s.batch_tokens:,} tokens a step; "
+    print(f"estimate, not measured: {args.ranks} ranks, {s.batch_tokens[0]:,} tokens a step; "
           + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
     print("\n| phase | part | TFLOP | GB | ms |\n| --- | --- | --- | --- | --- |")
     for part in step_parts(s, args.ranks, args.document):

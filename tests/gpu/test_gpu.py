@@ -53,9 +53,10 @@ def test_every_kernel_of_a_recent_gpu_is_a_fast_one(chosen):
 
 @pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
 def test_the_compiled_model_agrees_with_the_plain_one(fp8_head, loss_tolerance, tolerance, chosen):
-    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=8 * 2048,
+    s = train_gpt.Settings(model_dim=256, num_heads=2, mlp_dim=512, batch_tokens=(8 * 2048,),
                            layout="A AM M AM", value_embeds="01.0", window_pattern="LSSL")
     head_loss = chosen[0].head_loss if fp8_head else torch.compile(train_gpt.softcapped_loss)
+    stage = train_gpt.make_stages(s)[0]  # windows of 384 and 128
     torch.compiler.reset()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(s.vocab_size, (2049,), generator=generator).numpy()
@@ -70,7 +71,7 @@ def test_the_compiled_model_agrees_with_the_plain_one(fp8_head, loss_tolerance, 
         model.to(GPU)
         if kernels.compiled:
             train_gpt.compile_blocks(model)
-        loss = model(*batch, (384, 128))
+        loss = model(*batch, stage)
         loss.backward()
         results.append((loss.item(), model.attn_bank.grad))
     (loss, grad), (plain_loss, plain_grad) = results
