@@ -243,6 +243,15 @@ def test_a_corpus_is_replaced_only_with_overwrite_and_another_one_never(tmp_path
     assert "found fineweb_val_000000.bin; " in refused(text, "--overwrite", out=out)
 
 
+def test_of_two_runs_into_one_folder_the_later_one_fails(tmp_path):
+    with pytest.raises(shards.DataError, match="found text_train_000001.bin; choose another"):
+        with shards.new_corpus(tmp_path, "text") as late:
+            with shards.new_corpus(tmp_path, "text") as early:
+                early[0].add(shards.byte_document(b"early"))
+            late[0].add(shards.byte_document(b"late"))
+    assert texts_in(tmp_path, "train") == ["early"] and len(files_in(tmp_path)) == 1
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
     out, text = tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", "ab")
     made(text, out=out)
