@@ -32,28 +32,43 @@ class ShardWriter:
     """
     def __init__(self, folder: Path, stem: str, first: int):
         self.folder, self.stem, self.number = folder, stem, first
-        self.shard = bytearray()  # tokens of the next shard, written when it is full (200 MB)
         self.documents, self.tokens = 0, 0  # in all shards
+        self.start_shard()
+
+    def start_shard(self) -> None:
+        self.shard_tokens = 0
+        self.buffer = bytearray(4 * HEADER_WORDS)  # what is not in the file yet: space for the header, tokens
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.stem}_{self.number:06d}.bin"
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document, uint16, BOS first. Raises OSError."""
-        if len(self.shard) + 2 * len(tokens) > 2 * SHARD_TOKENS:
+        if self.shard_tokens + len(tokens) > SHARD_TOKENS:
             self.finish()
-        self.shard += tokens.astype("<u2").tobytes()
+        self.buffer += tokens.astype("<u2").tobytes()
+        self.shard_tokens += len(tokens)
         self.tokens += len(tokens)
         self.documents += 1
+        if len(self.buffer) > 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        with open(self.path, "ab") as file:
+            file.write(self.buffer)
+        self.buffer = bytearray()
 
     def finish(self) -> None:
-        """Write the shard that has been filled so far, unless it is empty. Raises OSError."""
-        if not self.shard:
+        """Complete the shard that has been filled so far, unless it is empty. Raises OSError."""
+        if not self.shard_tokens:
             return
-        header = np.zeros(HEADER_WORDS, "<i4")
-        header[:3] = MAGIC, VERSION, len(self.shard) // 2
-        with open(self.folder / f"{self.stem}_{self.number:06d}.bin", "wb") as file:
+        self.flush()
+        header = np.array([MAGIC, VERSION, self.shard_tokens], "<i4")
+        with open(self.path, "r+b") as file:
             file.write(header.tobytes())
-            file.write(self.shard)
-        self.shard = bytearray()
         self.number += 1
+        self.start_shard()
 
 def shard_names(folder: Path) -> list[str]:
     """Names of the shards in a folder, training first."""
@@ -64,13 +79,17 @@ def new_corpus(folder: Path, name: str, overwrite: bool = False):
     """Yield two ShardWriters (train, val), whose shards are in the folder when the `with` block has ended.
 
     Until then they are in a folder `unfinished-*` inside it, which an exception in the block removes. Raises
-    OSError, and DataError if the folder holds another corpus, or shards of this one and not `overwrite`.
-    Processes that write the same corpus at once do no harm: they replace files by equal ones.
+    OSError, and DataError if the folder holds another corpus, or shards of this one and not `overwrite`, also
+    those that another process has written in the meantime. With `overwrite`, processes that write the same
+    corpus at once do no harm: they replace files by equal ones.
     """
-    for found in shard_names(folder):
-        if not (overwrite and found.startswith((f"{name}_train_", f"{name}_val_"))):
-            raise DataError(f"{folder}: expected a folder without shards, found {found}; choose another "
-                            f"folder, or add --overwrite, which replaces only {name}_*.bin.")
+    def check_folder():
+        for found in shard_names(folder):
+            if not (overwrite and found.startswith((f"{name}_train_", f"{name}_val_"))):
+                raise DataError(f"{folder}: expected a folder without shards, found {found}; choose another "
+                                f"folder, or add --overwrite, which replaces only {name}_*.bin.")
+
+    check_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
         train = ShardWriter(Path(unfinished), f"{name}_train", first=1)
@@ -78,6 +97,7 @@ def new_corpus(folder: Path, name: str, overwrite: bool = False):
         yield train, val
         train.finish()
         val.finish()
+        check_folder()
         new = shard_names(Path(unfinished))
         for shard in set(shard_names(folder)) - set(new):
             (folder / shard).unlink(missing_ok=True)

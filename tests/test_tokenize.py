@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -61,6 +62,10 @@ def files_in(folder):
 def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
     return path
+
+
+def paths_of(*given):
+    return [file.path for file in tokenize_text.find_files([str(path) for path in given])]
 
 
 # ---- What comes out
@@ -119,9 +124,93 @@ def test_hidden_files_are_left_out_but_a_hidden_folder_can_be_named(tmp_path):
     (folder / ".git").mkdir(parents=True)
     for name in ("a.txt", ".git/b.txt"):
         (folder / name).touch()
-    for given in (folder, folder / "*.txt"):
-        assert tokenize_text.find_files([str(given)]) == [str(folder / "a.txt")]
-    assert tokenize_text.find_files([str(tmp_path / ".cache/")]) == [str(folder / "a.txt")]
+    for given in (folder, folder / "*.txt", folder / "*", f"{folder}/"):
+        assert paths_of(given) == [str(folder / "a.txt")]
+
+
+def test_its_own_output_is_not_read_as_input(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    for out in (tmp_path, tmp_path / "out", tmp_path):
+        made(tmp_path, "--overwrite", out=out)
+        assert texts_in(out, "val") + texts_in(out, "train") == ["a", "b", "c"]
+
+
+def test_linked_folders_are_read_once_and_what_is_left_out_is_printed(tmp_path, capsys):
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for name in ("in/a.txt", "in/.git/b.txt", "in/notes.md", "in/LICENSE", "other/c.txt", "other/d.TXT"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target in {"more.d": other, "again": other, "self": folder, "same.txt": "a.txt"}.items():
+        (folder / link).symlink_to(target)
+    expected = [folder / "a.txt", folder / "again" / "c.txt", folder / "again" / "d.TXT"]
+    assert paths_of(folder, other, f"{tmp_path}/other/../in/a.txt") == [str(path) for path in expected]
+    said = capsys.readouterr().out
+    assert said == "read: 3 .txt; left out: 4 .txt named twice, 1 hidden, 1 without suffix, 1 .md\n"
+
+
+@pytest.mark.parametrize("name", ["a::b.txt", "zip::c.txt", "data:d.txt", "file:e.txt", "[f]*.txt", "~g.txt"])
+def test_a_local_file_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("text")
+    for given in (name, tmp_path, tmp_path / "*.txt"):
+        (file,) = tokenize_text.find_files([str(given)])
+        assert [list(blocks) for blocks in tokenize_text.read_values(file, "text")] == [["text"]]
+
+
+def pieces_of(*given, separator="", limit=None):
+    files = tokenize_text.find_files([str(path) for path in given])
+    return [piece.decode() for piece in tokenize_text.read_documents(files, "text", separator, limit)]
+
+
+def test_a_text_is_read_in_pieces_that_change_none_of_its_tokens(tmp_path, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    pattern = pytest.importorskip("tiktoken_ext.openai_public").r50k_pat_str
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257, b"\n\n": 258, b"  ": 259}
+    gpt2 = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    text = "".join(random.Random(0).choices(["the", " ", "\n", "\r", "é€", "\u3000", "'s", "7", "!"], k=5000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    write_jsonl(tmp_path / "a.jsonl", [text])
+    monkeypatch.setattr(tokenize_text, "PIECE", 100)
+    for name in ("a.txt", "a.jsonl"):
+        pieces = pieces_of(tmp_path / name)
+        assert max(map(len, pieces)) <= 100 and len(pieces) > 50 and "".join(pieces) == text
+        assert [t for piece in pieces for t in gpt2.encode(piece)] == gpt2.encode(text)
+        assert pieces_of(tmp_path / name, tmp_path / "a.jsonl", limit=1) == pieces
+
+
+def test_memory_does_not_grow_with_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"some words" * 1_000_000)
+    tracemalloc.start()
+    try:
+        made(tmp_path / "a.txt", out=tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 6_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 13, 14, 29, 1 << 18])
+def test_a_text_is_split_at_what_separates_its_documents(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(tokenize_text, "PIECE", piece)
+    (tmp_path / "a.txt").write_bytes(b"one\r\n<|endoftext|>\r\n\n  two\n\nlines\n<|endoftext|><|endoftext|>"
+                                     b"three<|endoftext|>\n<|endoftext|>\n")
+    texts = ["one", "  two\n\nlines", "three", "four"]
+    write_jsonl(tmp_path / "b.jsonl", ["four<|endoftext|>"])
+    for limit in (1, 2, 3, 4, None):
+        pieces = pieces_of(tmp_path, separator="<|endoftext|>", limit=limit)
+        assert "".join(pieces) == "".join(texts[:limit])
+    if piece > 30:
+        assert pieces == texts
+
+
+def test_a_separator_that_is_learnt_as_text_is_told_once(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", ["one<|endoftext|>two<|endoftext|>"] * 2)
+    made(tmp_path / "a.jsonl", out=tmp_path / "out")
+    notice = "<|endoftext|> is learnt as text; if it separates texts, add --split-at '<|endoftext|>'.\n"
+    assert capsys.readouterr().out.count(f"{tmp_path / 'a.jsonl'}: {notice}") == 1
+    made(tmp_path / "a.jsonl", "--overwrite", out=tmp_path / "out", split_at="<|endoftext|>")
+    assert "learnt as text" not in capsys.readouterr().out
+    assert texts_in(tmp_path / "out", "train") == ["two", "one", "two"]
 
 
 def test_a_shard_ends_before_the_document_that_would_make_it_too_long(tmp_path, monkeypatch):
@@ -137,7 +226,7 @@ def test_gpt2_tokens_are_tiktokens_and_what_looks_special_is_text(tmp_path, smal
     write_jsonl(tmp_path / "a.jsonl", ["the then  the", "<|endoftext|>", "é the"] * 2)
     made(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto", val_every=4)
     said = capsys.readouterr().out
-    assert said.startswith("tokenizer: gpt2, ") and " VOCAB_SIZE=50257 BOS_ID=50256 " in said
+    assert "\ntokenizer: gpt2, " in said and " VOCAB_SIZE=50257 BOS_ID=50256 " in said
     training = read_shard(tmp_path / "out" / SHARDS[0], 50256)
     assert [document.tolist() for document in training[:3]] == [
         [*b"<|endoftext|>"], [*"é".encode(), 258], [257, 258, ord("n"), ord(" "), 258]]
@@ -148,7 +237,7 @@ def test_without_gpt2s_vocabulary_auto_takes_bytes_and_gpt2_fails(tmp_path, monk
     write_jsonl(tmp_path / "a.jsonl", "ab")
     made(tmp_path / "a.jsonl", out=tmp_path / "out", tokenizer="auto")
     said = capsys.readouterr().out
-    assert said.startswith("GPT-2 tokens: expected tiktoken and its voc") and "\ntokenizer: bytes, " in said
+    assert "\nGPT-2 tokens: expected tiktoken and its vocabulary" in said and "\ntokenizer: bytes, " in said
     assert "pip install -r data/requirements.txt" in refused(
         tmp_path / "a.jsonl", out=tmp_path / "x", tokenizer="gpt2")
 
@@ -157,7 +246,7 @@ def test_without_gpt2s_vocabulary_auto_takes_bytes_and_gpt2_fails(tmp_path, monk
 def test_the_training_script_accepts_the_command_at_the_end(tmp_path, run_main, count, length, val_every):
     out = tmp_path / "it's [here]"
     made(write_jsonl(tmp_path / "a.jsonl", ["x" * length] * count), out=out, val_every=val_every)
-    *settings, script = shlex.split((out / "command.txt").read_text())
+    *settings, script = shlex.split((out / "command.sh").read_text())
     assert (ROOT / script).samefile(ROOT / "run.sh")
     settings = dict(part.split("=", 1) for part in settings)
     code, _, said = run_main("--dry-run", DEVICE="cpu", LOG_DIR=tmp_path / "logs", **settings)
@@ -166,38 +255,55 @@ def test_the_training_script_accepts_the_command_at_the_end(tmp_path, run_main, 
 
 # ---- What goes wrong
 
-def test_an_address_on_the_hub_is_expanded_and_kept_as_an_address(monkeypatch):
+def test_an_address_on_the_hub_is_expanded_and_keeps_its_file_system():
     import fsspec
 
     memory = fsspec.filesystem("memory")  # stands in for the hub's file system
     for name in ("b.jsonl", "a.parquet", "sub/c.txt", "README.md"):
         memory.pipe(f"/sample/{name}", b"")
-    everything = ["memory:///sample/a.parquet", "memory:///sample/b.jsonl", "memory:///sample/sub/c.txt"]
-    assert tokenize_text.find_files(["memory://sample"]) == everything
-    assert tokenize_text.find_files(["memory://sample/*.jsonl"]) == everything[1:2]
+    everything = ["/sample/a.parquet", "/sample/b.jsonl", "/sample/sub/c.txt"]
+    assert paths_of("memory://sample") == paths_of("memory://sample/*", "memory://sample") == everything
+    assert paths_of("memory://sample/*.jsonl") == everything[1:2]
+    assert tokenize_text.find_files(["memory://sample"])[0].fs is memory
 
 
-WRONG_FILES = {  # name: content, number of good lines before, what is found
-    "latin.txt": (b"ab\xe9cd", 0, "'utf-8' codec can't decode byte 0xe9"),
-    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', 2, "Expecting ',' delimiter"),
-    "field.jsonl": (b'{"text": "a"}\n{"body": "b"}', 1, "no such field"),
-    "list.jsonl": (b'["text"]', 0, "list indices"),
-    "number.jsonl": (b'{"text": 3}', 0, "a value of type int"),
-    "surrogate.jsonl": (b'{"text": "ab\\ud800"}', 0, "'utf-8' codec can't encode character '\\ud800'"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], 99, "Compressed file ended before"),
-    "cut.parquet": (b"PAR1 and no more", 0, ""),
+LINES = [b'{"text": "%d"}' % i for i in range(100)]
+WRONG_FILES = {  # name: content, where and what is found
+    "latin.txt": (b"a\n" * 200_000 + b"caf\xe9", "byte 0xe9 in line 200,001; "),
+    "cut.txt.gz": (gzip.compress(b"text")[:-9], "Compressed file ended before"),
+    "latin.jsonl": (b"\n".join([*LINES[:50], b'{"text": "\xe9"}', *LINES]), "line 51: 'utf-8' codec can't"),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n', "line 3: Expecting ',' delimiter"),
+    "field.jsonl": (b'{"text": "a"}\n{"body": "b"}', "line 2: no such field"),
+    "list.jsonl": (b'["text"]', "line 1: list indices"),
+    "number.jsonl": (b'{"text": 3}', "line 1: a value of type int"),
+    "surrogate.jsonl": (b'{"text": "ab\\ud800"}', "line 1: 'utf-8' codec can't encode character '\\ud800'"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "line 100: Compressed file ended before"),
+    "cut.parquet": (b"PAR1 and no more", "row 1: "),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_a_wrong_file_is_one_sentence_and_leaves_nothing(tmp_path, refused, name):
-    content, good, found = WRONG_FILES[name]
+    content, problem = WRONG_FILES[name]
     (tmp_path / name).write_bytes(content)
     write_jsonl(tmp_path / "good.jsonl", "abc")
     said = refused(tmp_path / "good.jsonl", tmp_path / name, out=tmp_path / "out")
-    expected = f"after {good} good lines or rows: expected a text in field 'text', found: {found}"
-    assert said.startswith(f"{tmp_path / name}, {expected}") and "; correct the file" in said
+    if ".txt" in name:
+        expected = f"{tmp_path / name}: expected text in UTF-8, found: {problem}"
+    else:
+        place, found = problem.split(": ", 1)
+        expected = f"{tmp_path / name}, {place}: expected a text in field 'text', found: {found}"
+    assert said.startswith(expected) and "; correct the file" in said
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_wrong_value_in_a_parquet_file_is_told_at_its_row(tmp_path, refused):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"a"] * 5 + [b"caf\xe9"] + [b"a"] * 5).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert ", row 6: expected a text" in refused(tmp_path / "a.parquet", out=tmp_path / "out")
 
 
 def test_missing_files_and_too_few_documents_are_one_sentence(tmp_path, refused):
@@ -238,9 +344,18 @@ def test_a_corpus_is_replaced_only_with_overwrite_and_another_one_never(tmp_path
     assert "expected a folder without shards, found text_train_000001.bin; " in refused(text, out=out)
     assert files_in(out) == before
     made(text, "--overwrite", out=out)
-    assert set(files_in(out)) == {"command.txt", "notes", *SHARDS}
+    assert set(files_in(out)) == {"command.sh", "notes", *SHARDS}
     (out / "fineweb_val_000000.bin").touch()
     assert "found fineweb_val_000000.bin; " in refused(text, "--overwrite", out=out)
+
+
+def test_of_two_runs_into_one_folder_the_later_one_fails(tmp_path):
+    with pytest.raises(shards.DataError, match="found text_train_000001.bin; choose another"):
+        with shards.new_corpus(tmp_path, "text") as late:
+            with shards.new_corpus(tmp_path, "text") as early:
+                early[0].add(shards.byte_document(b"early"))
+            late[0].add(shards.byte_document(b"late"))
+    assert texts_in(tmp_path, "train") == ["early"] and len(files_in(tmp_path)) == 1
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
