@@ -180,7 +180,8 @@ def main(argv=None) -> int:
         labels = [version.label for version in versions]
         if len(set(labels)) < len(labels):
             raise ReportError(f"expected different labels, found {labels}; put LABEL: in front of one.")
-        begun = race_labels(out) if any(out.glob("*/*.txt")) else []
+        logs = list(out.glob("*/*.txt"))
+        begun = (race_labels(out) or sorted({log.parent.name for log in logs})) if logs else []
         if begun not in ([], labels):
             raise ReportError(f"{out}: expected a race of {labels}, found {begun}; choose another --name.")
         race(versions, args.rounds, out)

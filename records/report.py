@@ -39,6 +39,7 @@ class ReportError(Exception):
 # ----------------------------------------------------------------------------------------------------------
 # Logs: source, environment, settings and the lines of the run, with a line of 100 "=" between them
 
+RULE = "\n" + "=" * 100 + "\n"
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
 TRAINED = re.compile(r"^step:(\d+)/\d+ train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
@@ -62,8 +63,7 @@ class Run:
 def read_log(path: Path, step: int = 0) -> Run:
     """Read the log of a complete run, judged at the validation after `step`, or at the last if that is 0.
     Raises OSError, and ReportError if the log is cut or damaged, or its run was stopped or resumed."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    source, *parts = text.split("\n" + "=" * 100 + "\n")
+    source, *parts = path.read_text(encoding="utf-8", errors="replace").split(RULE)
     if len(parts) not in (2, 3):  # published logs have no settings
         raise ReportError(f"{path}: not a log: expected source, environment, settings and steps with lines "
                           f"of 100 '=' between them, found {len(parts)} such lines.")
@@ -104,28 +104,56 @@ class Group:
     target: float | None  # nats per token; None if the runs had none (TARGET_LOSS=0)
 
 def load(paths, step: int = 0, target: float | None = None) -> list[Group]:
-    """The sets at these paths: one per version if the path is a race's folder, else one of all the logs.
+    """The sets at these paths: of one path a set per folder of logs, of several paths one set of all logs.
     Raises OSError, and ReportError if a log is not complete, or those of a set are of different versions."""
-    paths = [Path(path) for path in paths]
-    folders = [paths[0] / label for label in race_labels(paths[0])] if len(paths) == 1 else []
-    versions = [[folder] for folder in folders if any(folder.glob("*.txt"))]
-    return [load_group(version, step, target) for version in versions or [paths]]
+    sets = [logs for path in paths for logs in find_logs(Path(path))]
+    if len(paths) > 1:
+        sets = [[log for logs in sets for log in logs]]
+    return [load_group(logs, step, target) for logs in sets]
+
+def find_logs(path: Path) -> list[list[Path]]:
+    """The logs of each folder at and below this one, or the path itself if it is no folder.
+    Versions that race.json lists come first. Raises OSError, and ReportError if logs are missing."""
+    if not path.is_dir():
+        return [[path]]
+    folders = {}  # folder -> its logs
+    for folder, files in walk(path, set()):
+        logs = [file for file in files if file.suffix == ".txt" or file.suffix == ".log" and has_rule(file)]
+        if logs:
+            folders[folder] = logs
+    if len(folders) > 1 and not any(map(has_rule, folders.get(path, []))):
+        folders.pop(path, None)  # beside the versions lie only texts of another kind
+    versions = [path / label for label in race_labels(path)]
+    missing = [version for version in versions if version not in folders]
+    if missing or not folders:
+        raise ReportError(f"{[*missing, path][0]}: expected logs (*.txt) of one version, found none.")
+    return [folders[folder] for folder in dict.fromkeys([*versions, *folders])]
+
+def walk(folder: Path, seen: set[Path]):
+    """Each folder from this one on, with its files, in order; one that links lead to again comes once."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    entries = sorted(folder.iterdir())
+    yield folder, [entry for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from walk(entry, seen)
+
+def has_rule(path: Path) -> bool:
+    """Whether a text has a line of 100 "=", as every log has."""
+    return RULE in path.read_text(encoding="utf-8", errors="replace")
 
 def race_labels(race: Path) -> list[str]:
-    """Labels of the versions of a race, in the order of its race.json; without one, its folders of logs."""
+    """Labels of the versions of a race, in the order of its race.json; none without this file."""
     path = race / "race.json"
     if not path.is_file():
-        return sorted({log.parent.name for log in race.glob("*/*.txt")})
+        return []
     return [version["label"] for version in json.loads(path.read_text(encoding="utf-8"))["versions"]]
 
-def load_group(paths: list[Path], step: int, target: float | None) -> Group:
-    """The set of all logs at these paths, which are logs or folders of logs."""
-    runs = []
-    for path in paths:
-        logs = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        runs += [read_log(log, step) for log in logs]
-    if not runs:
-        raise ReportError(f"{paths[0]}: expected logs (*.txt) of one version, found none.")
+def load_group(logs: list[Path], step: int, target: float | None) -> Group:
+    """The set of these logs. Raises OSError, and ReportError if they are not of one version."""
+    runs = [read_log(log, step) for log in logs]
     for number, run in enumerate(runs):
         if differ := differences(runs[0], run, MAY_DIFFER):
             raise ReportError(f"{runs[0].path} and {run.path} differ in {differ}: put --vs between versions.")

@@ -75,6 +75,32 @@ def test_the_published_speedruns_figures_come_out(tmp_path, run):
     assert out.count("the mean loss meets the target 3.28 with p < 0.01") == 2
 
 
+def test_all_logs_of_a_folder_are_read_or_named(race, run):
+    write(race / "a/later", our_log(1.7, target=0.0), name="{}.txt")
+    write(race / "unlisted", our_log(1.8, target=0.0), name="{}.log")
+    write(race, our_log(1.9, target=0.0), name="{}.txt")
+    (race / "link").symlink_to(race)
+    out = run(race)[1]
+    heads = [line.partition(",")[0] for line in out.splitlines() if line.endswith("2 CPUs, 2 threads")]
+    assert heads == ["b", "a", "race", "later", "unlisted"]
+    code, out, err = run(race / "a", race / "b")  # more than one path is one set
+    assert code == 1 and not out and "later/1.txt differ in" in err
+    (race / "b").rename(race.parent / "b")
+    (race / "b").mkdir()
+    (race / "b/round-01.part").write_text(GOOD)
+    found_none = f"{race / 'b'}: expected logs (*.txt) of one version, found none.\n"
+    assert run(race) == (1, "", found_none)
+    assert run(race / "a/later", race / "b") == (1, "", found_none)
+
+
+def test_other_texts_beside_the_versions_are_no_logs(race, run):
+    for name in ("profile.txt", "console.log"):
+        (race / name).write_text("shopping list\n")
+    assert run(race)[0] == 0
+    (race / "a/profile.txt").write_text("shopping list\n")
+    assert f"{race}/a/profile.txt: not a log" in run(race)[2]
+
+
 GOOD = our_log()
 BAD = {
     "found 2 steps, and at the end ": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM\n",
