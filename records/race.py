@@ -23,9 +23,11 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
-from report import MAY_DIFFER, SETTING, ReportError, differences, load, race_labels, read_log, report
+from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
+                    read_log, report)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,7 @@ class Version:
     folder: Path | None = None  # where it runs; prepare() finds out this and what follows
     source: str = ""  # without the newlines at its end
     settings: dict[str, str] = field(default_factory=dict)  # name -> repr, as its --dry-run prints them
+    plan: str = ""  # what its --dry-run prints
     nproc: int = 1
 
     def environment(self, seed: int) -> dict[str, str]:
@@ -92,9 +95,10 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
                           env=version.environment(0), capture_output=True)
     if done.returncode:
         raise ReportError(f"{version.label} cannot run: {done.stderr.strip()}")
-    settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    version.plan = done.stdout
+    settings = [line for line in version.plan.splitlines() if line.startswith("  ")]
     version.settings = dict(SETTING.findall("\n".join(settings)))
-    batch = re.search(r"^batch: (\d+) rank", done.stdout, re.MULTILINE)
+    batch = re.search(r"^batch: (\d+) rank", version.plan, re.MULTILINE)
     if not batch:
         raise ReportError(f"{version.label}: expected a train_gpt.py, found another script.")
     version.nproc = int(batch[1])
@@ -113,6 +117,25 @@ def finished(turn: int, version: Version, log: Path) -> bool:
     if differ := differences(read_log(log), expected, MAY_DIFFER - {"seed"}):
         raise ReportError(f"{log} and {version.label} differ in {differ}: restore it, or name another --out.")
     return True
+
+def check_hardware(version: Version, log: Path) -> None:
+    """Raises ReportError if this log was made on other hardware than the version would run on here."""
+    here, there = describe_hardware(describe_machine(version.nproc), version.plan), read_log(log).hardware
+    if there not in (here, "unknown"):
+        raise ReportError(f"{log}: expected a run on this machine ({here}), found one on {there}: continue "
+                          "the race there, or name another --out.")
+
+@cache
+def describe_machine(nproc: int) -> str:
+    """The environment as a log of a run of `nproc` processes would have it here. Raises ReportError."""
+    env = dict(os.environ)
+    if nproc > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    program = "import train_gpt; print(*train_gpt.describe_environment(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise ReportError(f"{ROOT / 'train_gpt.py'} cannot describe this machine: {done.stderr.strip()}")
+    return done.stdout
 
 def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     """Run a version to its end and keep its log. Raises ReportError if it fails or its log is not whole."""
@@ -148,6 +171,9 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
         runs = [(turn, version, out / version.label / f"round-{turn:02}.txt")
                 for turn in range(1, rounds + 1) for version in versions]
         todo = [run for run in runs if not finished(*run)]
+        for run in runs:
+            if todo and run not in todo:
+                check_hardware(*run[1:])
         for version in versions:
             (out / version.label).mkdir(parents=True, exist_ok=True)
         described = [dict(label=v.label, commit=v.commit, overrides=v.overrides) for v in versions]

@@ -86,11 +86,12 @@ def read_log(path: Path, step: int = 0) -> Run:
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
-    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA .+?)\s{2,}", environment, re.MULTILINE)
-    if not gpus or re.search(r"^device: cpu", lines, re.MULTILINE):
+    gpus = re.findall(r"^\| +\d+ +(\S.*?) +\S+ +\| +[\dA-F]{4,}:", environment, re.MULTILINE)
+    device = re.search(r"^device: (\w+)", lines, re.MULTILINE)  # not in published logs, as is the batch
+    ranks = re.search(r"^batch: (\d+) rank", lines, re.MULTILINE)
+    if device and device[1] == "cpu" or not (device or gpus):
         return "".join(re.findall(r"\d+ CPUs, \d+ threads", environment)) or "unknown"
-    ranks = re.search(r"^batch: (\d+) rank", lines, re.MULTILINE)  # not in published logs
-    return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus)))}"
+    return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus))) or 'unknown GPU'}"
 
 # ----------------------------------------------------------------------------------------------------------
 # Sets of runs
@@ -157,11 +158,13 @@ def load_group(logs: list[Path], step: int, target: float | None) -> Group:
     for number, run in enumerate(runs):
         if differ := differences(runs[0], run, MAY_DIFFER):
             raise ReportError(f"{runs[0].path} and {run.path} differ in {differ}: put --vs between versions.")
+        if run.hardware != runs[0].hardware:
+            raise ReportError(f"{runs[0].path} and {run.path} differ in hardware ({runs[0].hardware}; "
+                              f"{run.hardware}), so their times are no set: put --vs between machines.")
         if run.validations in [other.validations for other in runs[:number]]:
             raise ReportError(f"{run.path}: the same run as another log; name it once.")
-    hardware = "; ".join(sorted({run.hardware for run in runs}))
     target = target or float(runs[0].settings.get("target_loss", TARGET)) or None
-    return Group(runs[0].path.resolve().parent.name, runs, hardware, target)
+    return Group(runs[0].path.resolve().parent.name, runs, runs[0].hardware, target)
 
 def differences(one, other, may_differ: set[str]) -> str:
     """'mlp_dim (512, 384), source': where the settings and source of two runs or versions differ."""
@@ -196,13 +199,19 @@ def compare(new: Group, old: Group) -> str:
     if pairs:
         new_runs, old_runs = zip(*pairs)
         way = f"paired over {len(pairs)} rounds"
-    new_times, old_times = values(new_runs, "seconds"), values(old_runs, "seconds")
-    time = interval(new_times, old_times, bool(pairs))
     loss = interval(values(new_runs, "loss"), values(old_runs, "loss"), bool(pairs))
-    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), bool(pairs))  # log of the ratio
-    ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
-    return (f"{way}: {verdict('time', time, 'faster', 'slower', 2, ' s')} ({ratio} of the time); "
+    return (f"{way}: {compare_times(new_runs, old_runs, bool(pairs))}; "
             f"{verdict('loss', loss, 'loss lower', 'loss higher', 4)}")
+
+def compare_times(new: list[Run], old: list[Run], paired: bool) -> str:
+    """'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time)'; no verdict between unlike hardware."""
+    if new[0].hardware != old[0].hardware:
+        return f"times of unlike hardware do not compare ({new[0].hardware}; {old[0].hardware})"
+    new_times, old_times = values(new, "seconds"), values(old, "seconds")
+    time = interval(new_times, old_times, paired)
+    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), paired)  # log of the ratio
+    ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
+    return f"{verdict('time', time, 'faster', 'slower', 2, ' s')} ({ratio} of the time)"
 
 def verdict(what: str, difference: tuple[float, float], below: str, above: str, digits: int, unit="") -> str:
     """'faster by 1.42 ± 0.19 s', or that there is no clear difference."""

@@ -161,6 +161,34 @@ def test_a_race_is_paired_by_round_and_gives_differences_and_a_ratio(race, run):
         f"no clear difference in loss: +0.0200 ± {t * 0.01 / 3**0.5:.4f}")
 
 
+def test_times_of_unlike_hardware_have_no_verdict(race, run):
+    """The losses have; and one set is of one machine."""
+    for log in (race / "a").iterdir():
+        log.write_text(log.read_text().replace("2 CPUs, 2 threads", "64 CPUs, 32 threads"))
+    code, out, _ = run(race)
+    assert code == 0 and out.splitlines()[-1].startswith(
+        "a against b, paired over 3 rounds: times of unlike hardware do not compare (64 CPUs, 32 threads; "
+        "2 CPUs, 2 threads); no clear difference in loss: +0.0200 ±")
+    write(race / "a", our_log(1.3, mlp_dim=9, target=0.0), name="x.txt")
+    code, out, err = run(race / "a")
+    assert code == 1 and not out and err.count("\n") == 1
+    assert "a/x.txt differ in hardware (64 CPUs, 32 threads; 2 CPUs, 2 threads), so" in err
+
+
+TESLA = SMI.replace("NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB ")
+
+
+@pytest.mark.parametrize("environment, lines, expected", [
+    (SMI, "", "2 x NVIDIA H100 80GB HBM3"),
+    (SMI, "device: cuda (a CUDA GPU is here)\nbatch: 1 ranks", "1 x NVIDIA H100 80GB HBM3"),
+    (SMI + ", 2 CPUs, 1 threads", "device: cpu, as DEVICE says\nbatch: 1 ranks", "2 CPUs, 1 threads"),
+    (TESLA + ", 2 CPUs, 1 threads", "", "2 x Tesla V100-SXM2-16GB"),
+    ("2 CPUs, 1 threads, nvidia-smi: not found", "device: cuda (x)\nbatch: 8 ranks", "8 x unknown GPU"),
+])
+def test_hardware_is_what_computes(environment, lines, expected):
+    assert report.describe_hardware(environment, lines) == expected
+
+
 def test_rounds_that_only_one_version_has_are_not_paired(race, run):
     (race / "a/round-02.txt").unlink()
     assert "a against b, paired over 2 rounds" in run(race)[1]
