@@ -36,6 +36,13 @@ COLUMNS = ["runs", "final loss", "p (mean ≤ target)", "reached", "time, s", "s
 class ReportError(Exception):
     """A user error: printed as one sentence, without a traceback."""
 
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises OSError, and ReportError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{path}: expected a text in UTF-8, found {error}; save it as UTF-8.") from None
+
 # ----------------------------------------------------------------------------------------------------------
 # Logs: source, environment, settings and the lines of the run, with a line of 100 "=" between them
 
@@ -150,7 +157,7 @@ def race_labels(race: Path) -> list[str]:
     path = race / "race.json"
     if not path.is_file():
         return []
-    return [version["label"] for version in json.loads(path.read_text(encoding="utf-8"))["versions"]]
+    return [version["label"] for version in json.loads(read_utf8(path))["versions"]]
 
 def load_group(logs: list[Path], step: int, target: float | None) -> Group:
     """The set of these logs. Raises OSError, and ReportError if they are not of one version."""
@@ -295,7 +302,7 @@ def leaderboard(check: bool) -> None:
     board = [["date", "what changed", "hardware", *COLUMNS]]
     for page in sorted(RECORDS.glob("????-??-??_*/README.md"), reverse=True):  # others are no records yet
         record, groups = page.parent, load([page.parent])
-        title = page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        title = read_utf8(page).partition("\n")[0].lstrip("# ")
         rounds = {f"round-{n:02}.txt" for n in range(1, 1 + max(len(group.runs) for group in groups))}
         table = [["version", *COLUMNS, f"against {groups[0].label}"]]
         for group in groups:
@@ -314,7 +321,7 @@ def write_table(page: Path, rows: list[list[str]], check: bool) -> None:
     """Write rows as the table between BEGIN and END, if the page has these; check: only compare them."""
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    old = page.read_text(encoding="utf-8")
+    old = read_utf8(page)
     new = re.sub(f"{BEGIN}\n.*?{END}", lambda _: f"{BEGIN}\n{table}{END}", old, count=1, flags=re.DOTALL)
     if not check:
         page.write_text(new, encoding="utf-8")
@@ -322,7 +329,7 @@ def write_table(page: Path, rows: list[list[str]], check: bool) -> None:
         raise ReportError(f"{page}: its table is not what the logs give; run report.py --leaderboard.")
 
 def main(argv=None) -> int:
-    """Returns the exit code: 0, or 1 after one sentence on stderr; argparse exits with 2."""
+    """Returns the exit code: 0, 1 after one sentence on stderr, 130 after Ctrl-C; argparse exits with 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("logs", nargs="*", metavar="DIR_OR_LOG")
     parser.add_argument("--vs", nargs="+", metavar="DIR_OR_LOG", help="the set to compare with")
@@ -331,6 +338,7 @@ def main(argv=None) -> int:
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves")
     parser.add_argument("--leaderboard", action="store_true", help="write the tables of the records")
     parser.add_argument("--check", action="store_true", help="with --leaderboard: only check the tables")
+    sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args(argv)
     if bool(args.logs) == args.leaderboard:
         parser.error("expected either logs and folders of logs, or --leaderboard")
@@ -348,6 +356,9 @@ def main(argv=None) -> int:
     except (ReportError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 if __name__ == "__main__":

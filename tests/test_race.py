@@ -116,6 +116,23 @@ def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(rac
     assert "round 2, b: exit code 1, 0 logs. " in err and "the loss is not finite" in err
 
 
+def test_a_race_needs_no_console(racing, monkeypatch):
+    """Here one whose disk is full. It is told once."""
+    full = open("/dev/full", "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        code, calls, _, err = racing.run(racing.a, racing.b, "-n", 2)
+    full.close()  # raises OSError if anything waits to be written there
+    assert code == 0 and len(calls) == len(racing.logs()) == 4
+    assert err.startswith("cannot print on (") and err.count("\n") == 1
+
+
+def test_names_are_read_as_they_are_in_any_encoding_of_the_console(racing, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    assert racing.run(f"{racing.a} WIDTH=é", "-n", 1)[:2] == (0, ["a é 1"])
+    assert racing.run(f"{racing.a} WIDTH=é", "-n", 1)[:2] == (0, [])
+
+
 def test_a_log_that_is_not_complete_does_not_count(racing):
     cut = racing.script("a", extra="path.write_text(path.read_text()[:-60])\n")
     code, _, _, err = racing.run(cut, "-n", 1)

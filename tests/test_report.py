@@ -1,5 +1,6 @@
 """report.py: logs good and bad, sets that must not mix, what the statistics say, plots and tables."""
 
+import io
 import math
 import re
 import statistics
@@ -224,6 +225,22 @@ def test_wrong_arguments_have_exit_code_2(arguments):
         report.main(arguments)
 
 
+def test_a_console_need_not_have_all_characters(race, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert report.main([str(race), "--target", "1.55"]) == 0
+    console.flush()
+    assert b"p (mean ? target): 0." in console.buffer.getvalue()
+
+
+def test_ctrl_c_is_no_traceback(race, run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "load", stop)
+    assert run(race) == (130, "", "stopped by Ctrl-C\n")
+
+
 @pytest.fixture
 def records(race, monkeypatch):
     """A folder of two records: a race, and two runs of one version; and a race that is no record yet."""
@@ -258,6 +275,12 @@ def test_a_record_has_every_round(records, run):
     for version in ("a", "b"):  # the second time, round 2 of both is missing
         (records / f"2026-02-03_Two/{version}/round-02.txt").unlink()
         assert "expected round-02.txt, found none." in run("--leaderboard")[2]
+
+
+def test_a_page_that_is_not_utf_8_is_named(records, run):
+    page = records / "2026-01-02_One/README.md"
+    page.write_bytes("# Größe\n".encode("latin-1"))
+    assert f"{page}: expected a text in UTF-8, found " in run("--leaderboard")[2]
 
 
 def test_the_tables_of_this_repository_are_what_their_logs_give(run):
