@@ -9,6 +9,7 @@ It runs on the CPU, with the settings that the checkpoint holds, and draws at a 
 
 import argparse
 import json
+import random
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -37,7 +38,8 @@ def load_model(path: Path) -> tuple[GPT, tuple[int, int]]:
 def get_tokenizer(vocab_size: int):
     """(text -> ids, ids -> text). Raises UserError for a vocabulary that is neither bytes nor GPT-2's."""
     if vocab_size == 257:
-        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+        return (lambda text: list(text.encode(errors="surrogateescape")),  # bytes of an argument as they were
+                lambda ids: bytes(ids).decode(errors="replace"))
     try:
         if vocab_size != 50_257:
             raise ValueError(f"VOCAB_SIZE={vocab_size}")
@@ -51,20 +53,39 @@ def get_tokenizer(vocab_size: int):
                         ) from None
 
 
+def write_on(model: GPT, windows: tuple[int, int], ids: list[int], length: int, seed: int) -> None:
+    """Append to `ids` up to `length` tokens that the model draws, one by one: a stop leaves those so far."""
+    seeds = random.Random(seed)
+    for _ in range(length):
+        token = train_gpt.generate(model, windows, ids, 1, seeds.getrandbits(63))[len(ids):]
+        if not token:  # the document ends
+            break
+        ids += token
+
+
 def main() -> int:
+    """Returns the exit code: 0, 1 after one sentence on stderr, 130 if Ctrl-C ended the text."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompt", default="", help="how the text begins")
     parser.add_argument("--length", type=int, default=300, help="most tokens to draw (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args()
     try:
         model, windows = load_model(args.checkpoint)
         encode, decode = get_tokenizer(model.settings.vocab_size)
-        print(decode(train_gpt.generate(model, windows, encode(args.prompt), args.length, args.seed)))
+        ids = encode(args.prompt)
+        try:
+            write_on(model, windows, ids, args.length, args.seed)
+        finally:
+            print(decode(ids))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 
