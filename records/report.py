@@ -48,7 +48,7 @@ def read_utf8(path: Path) -> str:
 
 RULE = "\n" + "=" * 100 + "\n"
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
-TRAINED = re.compile(r"^step:(\d+)/\d+ train_time:", re.MULTILINE)
+TRAINED = re.compile(r"^step:(\d+)/(\d+) train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
 
 class Validation(NamedTuple):
@@ -65,6 +65,7 @@ class Run:
     hardware: str
     validations: dict[int, Validation]  # by step
     end: Validation  # at which the run is judged: the last, or that of --step
+    planned: int  # number of steps, if the run does not reach its target before
     round: Path | None  # RACE/round-01.txt: the same for all versions of a race; None for other logs
 
 def read_log(path: Path, step: int = 0) -> Run:
@@ -76,11 +77,11 @@ def read_log(path: Path, step: int = 0) -> Run:
                           f"of 100 '=' between them, found {len(parts)} such lines.")
     environment, lines = parts[0], parts[-1]
     settings = dict(SETTING.findall(parts[1])) if len(parts) == 3 else {}
-    trained = [int(number) for number in TRAINED.findall(lines)]
+    trained = [(int(number), int(planned)) for number, planned in TRAINED.findall(lines)]
     validations = {int(number): Validation(int(number), float(loss), int(ms) / 1000)
                    for number, loss, ms in VALIDATED.findall(lines)}
     num_steps = len(trained)
-    complete = trained == list(range(1, num_steps + 1)) and num_steps in validations
+    complete = [number for number, _ in trained] == list(range(1, num_steps + 1)) and num_steps in validations
     if not complete or "\npeak memory allocated: " not in lines:
         raise ReportError(f"{path}: not the log of a complete run: expected all steps from 1 on, then a "
                           f"finite validation loss and a line on peak memory, found {num_steps} steps, and "
@@ -89,7 +90,7 @@ def read_log(path: Path, step: int = 0) -> Run:
         raise ReportError(f"{path}: expected a validation at step {step}, found none.")
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
     return Run(path, source.rstrip("\n"), settings, describe_hardware(environment, lines), validations,
-               validations[step or num_steps], race_round)
+               validations[step or num_steps], trained[-1][1] if trained else 0, race_round)
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
@@ -235,10 +236,17 @@ def spread(figures: list[float], digits: int) -> str:
     """'1.6711 ± 0.0106': mean and standard deviation."""
     return plus_minus(np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else np.nan, digits)
 
+def at_fixed_step(group: Group) -> bool:
+    """Whether all runs are judged at one step, which none chose by stopping at its own target."""
+    chose = [run.end.step < run.planned and run.end.loss <= float(run.settings.get("target_loss", 0))
+             for run in group.runs]
+    return len({run.end.step for run in group.runs}) == 1 and not any(chose)
+
 def p_value(group: Group) -> float:
-    """p of the one-sided t-test that the mean loss is below the target; nan without two different losses."""
+    """p of the one-sided t-test that the mean loss is below the target; nan without two different losses, and
+    for runs that stopped at their target, whose losses are below it in any case."""
     losses = values(group.runs, "loss")
-    if len(set(losses)) < 2 or group.target is None:
+    if len(set(losses)) < 2 or group.target is None or not at_fixed_step(group):
         return np.nan
     return stats.ttest_1samp(losses, group.target, alternative="less").pvalue
 
@@ -273,7 +281,10 @@ def report(groups: list[Group]) -> None:
             print(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.end.loss:.4f} at step "
                   f"{run.end.step}, {run.end.seconds:.2f} s")
         print(" ", "; ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, cells(group)) if cell != "-"))
-        if group.target:
+        if group.target and not at_fixed_step(group):
+            print("  no claim on the mean loss: expected runs judged at one step that no target chose; race "
+                  "with TARGET_LOSS=0, or name an earlier --step")
+        elif group.target:
             met = "meets" if p_value(group) < CLAIM else "is not shown to meet"
             print(f"  the mean loss {met} the target {group.target:g} with p < {CLAIM}")
     for group in groups[1:]:

@@ -214,6 +214,22 @@ def test_runs_that_reach_a_target_are_counted(tmp_path, run):
     assert "p (mean" not in out and "loss is not shown to meet" in out
 
 
+def test_there_is_no_p_of_runs_that_stopped_at_their_target(tmp_path, run):
+    """Nor of runs that are judged at different steps."""
+    early = write(tmp_path / "early", our_log(1.6, steps=9), our_log(1.65, steps=9))
+    code, out, _ = run(early)
+    assert code == 0 and "p (mean" not in out and "reached: 2 of 2, at step 4;" in out
+    assert "  no claim on the mean loss: " in out and "is not shown" not in out
+    assert "p (mean ≤ target): 0.1 (3.7); " in run(early, "--step", 2, "--target", 3.7)[1]
+    last = write(tmp_path / "last", our_log(1.6), our_log(1.65))  # it is the last planned step
+    assert "p (mean ≤ target): 0.1 (1.7); " in run(last)[1]
+    fixed = write(tmp_path / "fixed", *(our_log(x, steps=9, target=0.0) for x in (1.6, 1.65)))
+    assert "p (mean ≤ target): 0.1 (1.7); " in run(fixed, "--target", 1.7)[1]
+    group = report.load([fixed], target=1.7)[0]
+    group.runs[0].end = group.runs[0].validations[2]
+    assert math.isnan(report.p_value(group))
+
+
 def test_the_plot_is_a_picture(race, run, tmp_path):
     assert run(race, "--plot", tmp_path / "x.png")[0] == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
