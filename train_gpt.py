@@ -1937,8 +1937,8 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         code = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
             prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-            text = generate(model, schedule[-1].stage, prompt, s.sample_tokens)
-            before, after = (bytes(x).decode(errors="replace") for x in (prompt, text[len(prompt):]))
+            text = list(generate(model, schedule[-1].stage, prompt, s.sample_tokens))
+            before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
             log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
         if kernels.compiled:
             late = graphs["unique_graphs"] - compiled
@@ -1952,8 +1952,9 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
 
 @torch.no_grad()
 def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
-    """`ids` and up to `length` tokens that the model draws after them, at a temperature of 0.8."""
+    """Yields up to `length` tokens that the model draws after `ids`, one by one, at a temperature of 0.8."""
     s, device, generator = model.settings, model.scalars.device, torch.Generator().manual_seed(seed)
+    ids = list(ids)
     for _ in range(length):
         inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
         cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
@@ -1962,8 +1963,8 @@ def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 
         token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
         if token == s.bos_id:  # the document ends
             break
-        ids = [*ids, token]
-    return ids
+        ids.append(token)
+        yield token
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""

@@ -39,7 +39,8 @@ def load_model(path: Path) -> tuple[GPT, Stage]:
 def get_tokenizer(vocab_size: int):
     """(text -> ids, ids -> text). Raises UserError for a vocabulary that is neither bytes nor GPT-2's."""
     if vocab_size == 257:
-        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+        return (lambda text: list(text.encode(errors="surrogateescape")),  # bytes of an argument as they were
+                lambda ids: bytes(ids).decode(errors="replace"))
     try:
         if vocab_size != 50_257:
             raise ValueError(f"VOCAB_SIZE={vocab_size}")
@@ -54,19 +55,29 @@ def get_tokenizer(vocab_size: int):
 
 
 def main() -> int:
+    """Returns the exit code: 0, 1 after one sentence on stderr, 130 if Ctrl-C ended the text."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompt", default="", help="how the text begins")
     parser.add_argument("--length", type=int, default=300, help="most tokens to draw (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args()
     try:
         model, stage = load_model(args.checkpoint)
         encode, decode = get_tokenizer(model.settings.vocab_size)
-        print(decode(train_gpt.generate(model, stage, encode(args.prompt), args.length, args.seed)))
+        ids = encode(args.prompt)
+        try:
+            for token in train_gpt.generate(model, stage, ids, args.length, args.seed):
+                ids.append(token)
+        finally:
+            print(decode(ids))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 

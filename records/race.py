@@ -21,14 +21,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
-from report import MAY_DIFFER, SETTING, ReportError, differences, load, race_labels, read_log, report
+from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
+                    read_log, read_utf8, report)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+UTF8 = dict(text=True, encoding="utf-8", errors="replace")  # how what a child prints is read
 
 @dataclass
 class Version:
@@ -39,11 +42,13 @@ class Version:
     folder: Path | None = None  # where it runs; prepare() finds out this and what follows
     source: str = ""  # without the newlines at its end
     settings: dict[str, str] = field(default_factory=dict)  # name -> repr, as its --dry-run prints them
+    plan: str = ""  # what its --dry-run prints
     nproc: int = 1
 
     def environment(self, seed: int) -> dict[str, str]:
         """The environment of a run: this process's, the round's seed, and the version's overrides."""
-        env = {**os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs"}
+        env = {**os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs",
+               "PYTHONIOENCODING": "utf-8"}
         if env.keys() & {"DATA_PATH", "TRAIN_FILES", "VAL_FILES"}:  # it runs in another folder
             env["DATA_PATH"] = os.path.abspath(env.get("DATA_PATH") or ROOT)
         return env
@@ -53,7 +58,7 @@ class Version:
 
 def git(*arguments) -> str | None:
     """What git prints in this checkout, or None if it fails."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, **UTF8)
     return None if done.returncode else done.stdout.strip()
 
 def read_version(text: str) -> Version:
@@ -87,14 +92,15 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
     for entry in (ROOT / "data").glob("*"):  # the shards, which a worktree lacks because git ignores them
         if not (folder / "data" / entry.name).exists():
             (folder / "data" / entry.name).symlink_to(entry)
-    version.source = script.read_text(encoding="utf-8").rstrip("\n")
-    done = subprocess.run([sys.executable, "train_gpt.py", "--dry-run"], cwd=folder, text=True,
-                          env=version.environment(0), capture_output=True)
+    version.source = read_utf8(script).rstrip("\n")
+    done = subprocess.run([sys.executable, "train_gpt.py", "--dry-run"], cwd=folder,
+                          env=version.environment(0), capture_output=True, **UTF8)
     if done.returncode:
         raise ReportError(f"{version.label} cannot run: {done.stderr.strip()}")
-    settings = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    version.plan = done.stdout
+    settings = [line for line in version.plan.splitlines() if line.startswith("  ")]
     version.settings = dict(SETTING.findall("\n".join(settings)))
-    batch = re.search(r"^batch: (\d+) rank", done.stdout, re.MULTILINE)
+    batch = re.search(r"^batch: (\d+) rank", version.plan, re.MULTILINE)
     if not batch:
         raise ReportError(f"{version.label}: expected a train_gpt.py, found another script.")
     version.nproc = int(batch[1])
@@ -114,13 +120,32 @@ def finished(turn: int, version: Version, log: Path) -> bool:
         raise ReportError(f"{log} and {version.label} differ in {differ}: restore it, or name another --out.")
     return True
 
+def check_hardware(version: Version, log: Path) -> None:
+    """Raises ReportError if this log was made on other hardware than the version would run on here."""
+    here, there = describe_hardware(describe_machine(version.nproc), version.plan), read_log(log).hardware
+    if there not in (here, "unknown"):
+        raise ReportError(f"{log}: expected a run on this machine ({here}), found one on {there}: continue "
+                          "the race there, or name another --out.")
+
+@cache
+def describe_machine(nproc: int) -> str:
+    """The environment as a log of a run of `nproc` processes would have it here. Raises ReportError."""
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    if nproc > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    program = "import train_gpt; print(*train_gpt.describe_environment(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, **UTF8)
+    if done.returncode:
+        raise ReportError(f"{ROOT / 'train_gpt.py'} cannot describe this machine: {done.stderr.strip()}")
+    return done.stdout
+
 def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     """Run a version to its end and keep its log. Raises ReportError if it fails or its log is not whole."""
     shutil.rmtree(version.folder / "logs", ignore_errors=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={version.nproc}"]
     command = [sys.executable, *(torchrun if version.nproc > 1 else []), "train_gpt.py"]
-    child = subprocess.Popen(command, cwd=version.folder, env=version.environment(turn), text=True,
-                             errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(command, cwd=version.folder, env=version.environment(turn),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **UTF8)
     name, output = f"round {turn}, {version.label}", []
     try:
         for line in child.stdout:
@@ -138,7 +163,19 @@ def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     shutil.copyfile(logs[0], part)
     end = read_log(part).end  # raises ReportError if it is not whole
     part.replace(log)
-    progress.write(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")
+    with console(), progress.external_write_mode():
+        print(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")
+
+@contextmanager
+def console():
+    """What is printed in here is no part of the race: where it fails, stderr is told so once."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):
+            print(f"cannot print on ({error}); the logs are kept as before", file=sys.stderr)
 
 def race(versions: list[Version], rounds: int, out: Path) -> None:
     """Run what is missing of a race. Raises ReportError, and KeyboardInterrupt if it is stopped."""
@@ -148,11 +185,15 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
         runs = [(turn, version, out / version.label / f"round-{turn:02}.txt")
                 for turn in range(1, rounds + 1) for version in versions]
         todo = [run for run in runs if not finished(*run)]
+        for run in runs:
+            if todo and run not in todo:
+                check_hardware(*run[1:])
         for version in versions:
             (out / version.label).mkdir(parents=True, exist_ok=True)
         described = [dict(label=v.label, commit=v.commit, overrides=v.overrides) for v in versions]
-        (out / "race.json").write_text(json.dumps({"versions": described}, indent=1) + "\n")
-        print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}", flush=True)
+        (out / "race.json").write_text(json.dumps({"versions": described}, indent=1) + "\n", encoding="utf-8")
+        with console():
+            print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}")
         with tqdm(todo, unit="run", disable=None) as progress:
             for turn, version, log in progress:
                 run_once(turn, version, log, progress)
@@ -169,6 +210,7 @@ def main(argv=None) -> int:
     parser.add_argument("-n", "--rounds", type=int, default=5, help="runs of each version (default: 5)")
     parser.add_argument("--name", default="Race", help="logs go to records/DATE_NAME (default: Race)")
     parser.add_argument("--out", type=Path, help="logs go to this folder instead")
+    sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, found {args.rounds}")
@@ -180,11 +222,14 @@ def main(argv=None) -> int:
         labels = [version.label for version in versions]
         if len(set(labels)) < len(labels):
             raise ReportError(f"expected different labels, found {labels}; put LABEL: in front of one.")
-        begun = race_labels(out) if any(out.glob("*/*.txt")) else []
+        logs = list(out.glob("*/*.txt"))
+        begun = (race_labels(out) or sorted({log.parent.name for log in logs})) if logs else []
         if begun not in ([], labels):
             raise ReportError(f"{out}: expected a race of {labels}, found {begun}; choose another --name.")
         race(versions, args.rounds, out)
-        report(load([out]))
+        groups = load([out])
+        with console():
+            report(groups)
     except (ReportError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

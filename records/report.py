@@ -36,11 +36,19 @@ COLUMNS = ["runs", "final loss", "p (mean ≤ target)", "reached", "time, s", "s
 class ReportError(Exception):
     """A user error: printed as one sentence, without a traceback."""
 
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises OSError, and ReportError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{path}: expected a text in UTF-8, found {error}; save it as UTF-8.") from None
+
 # ----------------------------------------------------------------------------------------------------------
 # Logs: source, environment, settings and the lines of the run, with a line of 100 "=" between them
 
+RULE = "\n" + "=" * 100 + "\n"
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
-TRAINED = re.compile(r"^step:(\d+)/\d+ train_time:", re.MULTILINE)
+TRAINED = re.compile(r"^step:(\d+)/(\d+) train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
 
 class Validation(NamedTuple):
@@ -57,23 +65,23 @@ class Run:
     hardware: str
     validations: dict[int, Validation]  # by step
     end: Validation  # at which the run is judged: the last, or that of --step
+    planned: int  # number of steps, if the run does not reach its target before
     round: Path | None  # RACE/round-01.txt: the same for all versions of a race; None for other logs
 
 def read_log(path: Path, step: int = 0) -> Run:
     """Read the log of a complete run, judged at the validation after `step`, or at the last if that is 0.
     Raises OSError, and ReportError if the log is cut or damaged, or its run was stopped or resumed."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    source, *parts = text.split("\n" + "=" * 100 + "\n")
+    source, *parts = path.read_text(encoding="utf-8", errors="replace").split(RULE)
     if len(parts) not in (2, 3):  # published logs have no settings
         raise ReportError(f"{path}: not a log: expected source, environment, settings and steps with lines "
                           f"of 100 '=' between them, found {len(parts)} such lines.")
     environment, lines = parts[0], parts[-1]
     settings = dict(SETTING.findall(parts[1])) if len(parts) == 3 else {}
-    trained = [int(number) for number in TRAINED.findall(lines)]
+    trained = [(int(number), int(planned)) for number, planned in TRAINED.findall(lines)]
     validations = {int(number): Validation(int(number), float(loss), int(ms) / 1000)
                    for number, loss, ms in VALIDATED.findall(lines)}
     num_steps = len(trained)
-    complete = trained == list(range(1, num_steps + 1)) and num_steps in validations
+    complete = [number for number, _ in trained] == list(range(1, num_steps + 1)) and num_steps in validations
     if not complete or "\npeak memory allocated: " not in lines:
         raise ReportError(f"{path}: not the log of a complete run: expected all steps from 1 on, then a "
                           f"finite validation loss and a line on peak memory, found {num_steps} steps, and "
@@ -82,15 +90,16 @@ def read_log(path: Path, step: int = 0) -> Run:
         raise ReportError(f"{path}: expected a validation at step {step}, found none.")
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
     return Run(path, source.rstrip("\n"), settings, describe_hardware(environment, lines), validations,
-               validations[step or num_steps], race_round)
+               validations[step or num_steps], trained[-1][1] if trained else 0, race_round)
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
-    gpus = re.findall(r"^\|\s+\d+\s+(NVIDIA .+?)\s{2,}", environment, re.MULTILINE)
-    if not gpus or re.search(r"^device: cpu", lines, re.MULTILINE):
+    gpus = re.findall(r"^\| +\d+ +(\S.*?) +\S+ +\| +[\dA-F]{4,}:", environment, re.MULTILINE)
+    device = re.search(r"^device: (\w+)", lines, re.MULTILINE)  # not in published logs, as is the batch
+    ranks = re.search(r"^batch: (\d+) rank", lines, re.MULTILINE)
+    if device and device[1] == "cpu" or not (device or gpus):
         return "".join(re.findall(r"\d+ CPUs, \d+ threads", environment)) or "unknown"
-    ranks = re.search(r"^batch: (\d+) rank", lines, re.MULTILINE)  # not in published logs
-    return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus)))}"
+    return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus))) or 'unknown GPU'}"
 
 # ----------------------------------------------------------------------------------------------------------
 # Sets of runs
@@ -104,36 +113,66 @@ class Group:
     target: float | None  # nats per token; None if the runs had none (TARGET_LOSS=0)
 
 def load(paths, step: int = 0, target: float | None = None) -> list[Group]:
-    """The sets at these paths: one per version if the path is a race's folder, else one of all the logs.
+    """The sets at these paths: of one path a set per folder of logs, of several paths one set of all logs.
     Raises OSError, and ReportError if a log is not complete, or those of a set are of different versions."""
-    paths = [Path(path) for path in paths]
-    folders = [paths[0] / label for label in race_labels(paths[0])] if len(paths) == 1 else []
-    versions = [[folder] for folder in folders if any(folder.glob("*.txt"))]
-    return [load_group(version, step, target) for version in versions or [paths]]
+    sets = [logs for path in paths for logs in find_logs(Path(path))]
+    if len(paths) > 1:
+        sets = [[log for logs in sets for log in logs]]
+    return [load_group(logs, step, target) for logs in sets]
+
+def find_logs(path: Path) -> list[list[Path]]:
+    """The logs of each folder at and below this one, or the path itself if it is no folder.
+    Versions that race.json lists come first. Raises OSError, and ReportError if logs are missing."""
+    if not path.is_dir():
+        return [[path]]
+    folders = {}  # folder -> its logs
+    for folder, files in walk(path, set()):
+        logs = [file for file in files if file.suffix == ".txt" or file.suffix == ".log" and has_rule(file)]
+        if logs:
+            folders[folder] = logs
+    if len(folders) > 1 and not any(map(has_rule, folders.get(path, []))):
+        folders.pop(path, None)  # beside the versions lie only texts of another kind
+    versions = [path / label for label in race_labels(path)]
+    missing = [version for version in versions if version not in folders]
+    if missing or not folders:
+        raise ReportError(f"{[*missing, path][0]}: expected logs (*.txt) of one version, found none.")
+    return [folders[folder] for folder in dict.fromkeys([*versions, *folders])]
+
+def walk(folder: Path, seen: set[Path]):
+    """Each folder from this one on, with its files, in order; one that links lead to again comes once."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    entries = sorted(folder.iterdir())
+    yield folder, [entry for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from walk(entry, seen)
+
+def has_rule(path: Path) -> bool:
+    """Whether a text has a line of 100 "=", as every log has."""
+    return RULE in path.read_text(encoding="utf-8", errors="replace")
 
 def race_labels(race: Path) -> list[str]:
-    """Labels of the versions of a race, in the order of its race.json; without one, its folders of logs."""
+    """Labels of the versions of a race, in the order of its race.json; none without this file."""
     path = race / "race.json"
     if not path.is_file():
-        return sorted({log.parent.name for log in race.glob("*/*.txt")})
-    return [version["label"] for version in json.loads(path.read_text(encoding="utf-8"))["versions"]]
+        return []
+    return [version["label"] for version in json.loads(read_utf8(path))["versions"]]
 
-def load_group(paths: list[Path], step: int, target: float | None) -> Group:
-    """The set of all logs at these paths, which are logs or folders of logs."""
-    runs = []
-    for path in paths:
-        logs = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        runs += [read_log(log, step) for log in logs]
-    if not runs:
-        raise ReportError(f"{paths[0]}: expected logs (*.txt) of one version, found none.")
+def load_group(logs: list[Path], step: int, target: float | None) -> Group:
+    """The set of these logs. Raises OSError, and ReportError if they are not of one version."""
+    runs = [read_log(log, step) for log in logs]
     for number, run in enumerate(runs):
         if differ := differences(runs[0], run, MAY_DIFFER):
             raise ReportError(f"{runs[0].path} and {run.path} differ in {differ}: put --vs between versions.")
+        if run.hardware != runs[0].hardware:
+            raise ReportError(f"{runs[0].path} and {run.path} differ in hardware ({runs[0].hardware}; "
+                              f"{run.hardware}), so their times are no set: put --vs between machines.")
         if run.validations in [other.validations for other in runs[:number]]:
             raise ReportError(f"{run.path}: the same run as another log; name it once.")
-    hardware = "; ".join(sorted({run.hardware for run in runs}))
     target = target or float(runs[0].settings.get("target_loss", TARGET)) or None
-    return Group(runs[0].path.resolve().parent.name, runs, hardware, target)
+    return Group(runs[0].path.resolve().parent.name, runs, runs[0].hardware, target)
 
 def differences(one, other, may_differ: set[str]) -> str:
     """'mlp_dim (512, 384), source': where the settings and source of two runs or versions differ."""
@@ -168,13 +207,19 @@ def compare(new: Group, old: Group) -> str:
     if pairs:
         new_runs, old_runs = zip(*pairs)
         way = f"paired over {len(pairs)} rounds"
-    new_times, old_times = values(new_runs, "seconds"), values(old_runs, "seconds")
-    time = interval(new_times, old_times, bool(pairs))
     loss = interval(values(new_runs, "loss"), values(old_runs, "loss"), bool(pairs))
-    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), bool(pairs))  # log of the ratio
-    ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
-    return (f"{way}: {verdict('time', time, 'faster', 'slower', 2, ' s')} ({ratio} of the time); "
+    return (f"{way}: {compare_times(new_runs, old_runs, bool(pairs))}; "
             f"{verdict('loss', loss, 'loss lower', 'loss higher', 4)}")
+
+def compare_times(new: list[Run], old: list[Run], paired: bool) -> str:
+    """'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time)'; no verdict between unlike hardware."""
+    if new[0].hardware != old[0].hardware:
+        return f"times of unlike hardware do not compare ({new[0].hardware}; {old[0].hardware})"
+    new_times, old_times = values(new, "seconds"), values(old, "seconds")
+    time = interval(new_times, old_times, paired)
+    log_ratio, log_half = interval(np.log(new_times), np.log(old_times), paired)  # log of the ratio
+    ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
+    return f"{verdict('time', time, 'faster', 'slower', 2, ' s')} ({ratio} of the time)"
 
 def verdict(what: str, difference: tuple[float, float], below: str, above: str, digits: int, unit="") -> str:
     """'faster by 1.42 ± 0.19 s', or that there is no clear difference."""
@@ -191,10 +236,17 @@ def spread(figures: list[float], digits: int) -> str:
     """'1.6711 ± 0.0106': mean and standard deviation."""
     return plus_minus(np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else np.nan, digits)
 
+def at_fixed_step(group: Group) -> bool:
+    """Whether all runs are judged at one step, which none chose by stopping at its own target."""
+    chose = [run.end.step < run.planned and run.end.loss <= float(run.settings.get("target_loss", 0))
+             for run in group.runs]
+    return len({run.end.step for run in group.runs}) == 1 and not any(chose)
+
 def p_value(group: Group) -> float:
-    """p of the one-sided t-test that the mean loss is below the target; nan without two different losses."""
+    """p of the one-sided t-test that the mean loss is below the target; nan without two different losses, and
+    for runs that stopped at their target, whose losses are below it in any case."""
     losses = values(group.runs, "loss")
-    if len(set(losses)) < 2 or group.target is None:
+    if len(set(losses)) < 2 or group.target is None or not at_fixed_step(group):
         return np.nan
     return stats.ttest_1samp(losses, group.target, alternative="less").pvalue
 
@@ -229,7 +281,10 @@ def report(groups: list[Group]) -> None:
             print(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.end.loss:.4f} at step "
                   f"{run.end.step}, {run.end.seconds:.2f} s")
         print(" ", "; ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, cells(group)) if cell != "-"))
-        if group.target:
+        if group.target and not at_fixed_step(group):
+            print("  no claim on the mean loss: expected runs judged at one step that no target chose; race "
+                  "with TARGET_LOSS=0, or name an earlier --step")
+        elif group.target:
             met = "meets" if p_value(group) < CLAIM else "is not shown to meet"
             print(f"  the mean loss {met} the target {group.target:g} with p < {CLAIM}")
     for group in groups[1:]:
@@ -258,7 +313,7 @@ def leaderboard(check: bool) -> None:
     board = [["date", "what changed", "hardware", *COLUMNS]]
     for page in sorted(RECORDS.glob("????-??-??_*/README.md"), reverse=True):  # others are no records yet
         record, groups = page.parent, load([page.parent])
-        title = page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        title = read_utf8(page).partition("\n")[0].lstrip("# ")
         rounds = {f"round-{n:02}.txt" for n in range(1, 1 + max(len(group.runs) for group in groups))}
         table = [["version", *COLUMNS, f"against {groups[0].label}"]]
         for group in groups:
@@ -277,7 +332,7 @@ def write_table(page: Path, rows: list[list[str]], check: bool) -> None:
     """Write rows as the table between BEGIN and END, if the page has these; check: only compare them."""
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    old = page.read_text(encoding="utf-8")
+    old = read_utf8(page)
     new = re.sub(f"{BEGIN}\n.*?{END}", lambda _: f"{BEGIN}\n{table}{END}", old, count=1, flags=re.DOTALL)
     if not check:
         page.write_text(new, encoding="utf-8")
@@ -285,7 +340,7 @@ def write_table(page: Path, rows: list[list[str]], check: bool) -> None:
         raise ReportError(f"{page}: its table is not what the logs give; run report.py --leaderboard.")
 
 def main(argv=None) -> int:
-    """Returns the exit code: 0, or 1 after one sentence on stderr; argparse exits with 2."""
+    """Returns the exit code: 0, 1 after one sentence on stderr, 130 after Ctrl-C; argparse exits with 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("logs", nargs="*", metavar="DIR_OR_LOG")
     parser.add_argument("--vs", nargs="+", metavar="DIR_OR_LOG", help="the set to compare with")
@@ -294,6 +349,7 @@ def main(argv=None) -> int:
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves")
     parser.add_argument("--leaderboard", action="store_true", help="write the tables of the records")
     parser.add_argument("--check", action="store_true", help="with --leaderboard: only check the tables")
+    sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args(argv)
     if bool(args.logs) == args.leaderboard:
         parser.error("expected either logs and folders of logs, or --leaderboard")
@@ -311,6 +367,9 @@ def main(argv=None) -> int:
     except (ReportError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 if __name__ == "__main__":

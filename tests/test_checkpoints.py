@@ -3,6 +3,7 @@
 Behind the marker `faults`: kills at random.
 """
 
+import importlib
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -481,6 +482,47 @@ def test_torchrun_restarts_a_run_after_a_kill_and_where_torchrun_is_killed_its_r
     assert re.search("^stopped by SIGHUP after step [34] of 6$", last_lines(s.log_dir), re.M)
     ran(replace(s, resume="auto"), ranks=2)
     assert ended_as(whole(2), s.log_dir)
+
+
+# ---- Text from a checkpoint, when it is stopped and where the console lacks its characters
+
+@pytest.fixture
+def sampled(tmp_path, monkeypatch, capfd):
+    """sampled(arguments): what data/sample.py prints from a checkpoint of random weights."""
+    monkeypatch.syspath_prepend(ROOT / "data")
+    sample = importlib.import_module("sample")
+    s = replace(train_gpt.Settings(), **SMALL | dict(vocab_size=257, bos_id=256))
+    tensors = {name: p.data for name, p in fresh_model(s).named_parameters()}
+    write_safetensors(tmp_path / "x.safetensors", tensors, dict(step="2", run=json.dumps(asdict(s))))
+
+    def sampled(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "x.safetensors"), *arguments])
+        return sample.main(), *capfd.readouterr()
+
+    return sampled
+
+
+def test_ctrl_c_keeps_the_text_so_far(sampled, monkeypatch):
+    whole = sampled("--prompt", "Größe", "--length", "20")[1]
+    tokens = itertools.count()
+
+    def stop(*_):
+        if next(tokens) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before(train_gpt.GPT, "hidden", stop, monkeypatch)
+    code, text, said = sampled("--prompt", "Größe", "--length", "20")
+    assert (code, said) == (130, "stopped by Ctrl-C\n") and text.startswith("Größe")
+    assert 8 < len(text) < len(whole) and whole.startswith(text.rstrip("\n\ufffd"))
+
+
+def test_a_sample_needs_no_console_with_all_characters(sampled, monkeypatch):
+    """Nor a prompt in UTF-8."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert sampled("--prompt", "Größe \udcff", "--length", "0")[0] == 0
+    console.flush()
+    assert console.buffer.getvalue() == b"Gr??e ?\n"
 
 
 # ---- The long ones: python -m pytest -m faults

@@ -13,6 +13,8 @@ from test_report import our_log, report
 
 import race
 
+describe_machine = race.describe_machine
+
 # Logs its settings as train_gpt.py does, takes no time, and appends its name, WIDTH and SEED to $CALLS.
 SCRIPT = """
 import os, sys, time
@@ -52,6 +54,7 @@ class Race:
         monkeypatch.setenv("CALLS", str(self.calls))
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr("tempfile.tempdir", None)
+        monkeypatch.setattr(race, "describe_machine", lambda nproc: "2 CPUs, 2 threads")  # as in our_log
         self.a, self.b = self.script("a"), self.script("b")
 
     def script(self, name, extra=""):
@@ -113,6 +116,23 @@ def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(rac
     assert "round 2, b: exit code 1, 0 logs. " in err and "the loss is not finite" in err
 
 
+def test_a_race_needs_no_console(racing, monkeypatch):
+    """Here one whose disk is full. It is told once."""
+    full = open("/dev/full", "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        code, calls, _, err = racing.run(racing.a, racing.b, "-n", 2)
+    full.close()  # raises OSError if anything waits to be written there
+    assert code == 0 and len(calls) == len(racing.logs()) == 4
+    assert err.startswith("cannot print on (") and err.count("\n") == 1
+
+
+def test_names_are_read_as_they_are_in_any_encoding_of_the_console(racing, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    assert racing.run(f"{racing.a} WIDTH=é", "-n", 1)[:2] == (0, ["a é 1"])
+    assert racing.run(f"{racing.a} WIDTH=é", "-n", 1)[:2] == (0, [])
+
+
 def test_a_log_that_is_not_complete_does_not_count(racing):
     cut = racing.script("a", extra="path.write_text(path.read_text()[:-60])\n")
     code, _, _, err = racing.run(cut, "-n", 1)
@@ -154,6 +174,21 @@ def test_a_race_is_not_continued_with_other_versions(racing, monkeypatch):
     log = racing.out / "a/round-01.txt"
     log.write_text(log.read_text()[:-50])
     refused("not the log of a complete run: ", racing.a, racing.b)
+
+
+def test_a_race_is_not_continued_on_another_machine(racing, monkeypatch):
+    racing.run(racing.a, racing.b, "-n", 1)
+    monkeypatch.setattr(race, "describe_machine", lambda nproc: "64 CPUs, 32 threads")
+    code, calls, _, err = racing.run(racing.a, racing.b, "-n", 2)
+    assert code == 1 and not calls and err.count("\n") == 1 and "a/round-01.txt: expected a run on " in err
+    assert "on this machine (64 CPUs, 32 threads), found one on 2 CPUs, 2 threads: continue" in err
+    assert racing.run(racing.a, racing.b, "-n", 1)[:2] == (0, [])  # nothing to do but to report
+
+
+def test_this_machine_is_described_as_in_a_log(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    there = describe_machine(1)
+    assert report.describe_hardware(there, "device: cpu") == f"{os.cpu_count()} CPUs, 1 threads"
 
 
 @pytest.mark.parametrize("versions, what", [

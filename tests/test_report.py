@@ -1,5 +1,6 @@
 """report.py: logs good and bad, sets that must not mix, what the statistics say, plots and tables."""
 
+import io
 import math
 import re
 import statistics
@@ -75,6 +76,32 @@ def test_the_published_speedruns_figures_come_out(tmp_path, run):
     assert out.count("the mean loss meets the target 3.28 with p < 0.01") == 2
 
 
+def test_all_logs_of_a_folder_are_read_or_named(race, run):
+    write(race / "a/later", our_log(1.7, target=0.0), name="{}.txt")
+    write(race / "unlisted", our_log(1.8, target=0.0), name="{}.log")
+    write(race, our_log(1.9, target=0.0), name="{}.txt")
+    (race / "link").symlink_to(race)
+    out = run(race)[1]
+    heads = [line.partition(",")[0] for line in out.splitlines() if line.endswith("2 CPUs, 2 threads")]
+    assert heads == ["b", "a", "race", "later", "unlisted"]
+    code, out, err = run(race / "a", race / "b")  # more than one path is one set
+    assert code == 1 and not out and "later/1.txt differ in" in err
+    (race / "b").rename(race.parent / "b")
+    (race / "b").mkdir()
+    (race / "b/round-01.part").write_text(GOOD)
+    found_none = f"{race / 'b'}: expected logs (*.txt) of one version, found none.\n"
+    assert run(race) == (1, "", found_none)
+    assert run(race / "a/later", race / "b") == (1, "", found_none)
+
+
+def test_other_texts_beside_the_versions_are_no_logs(race, run):
+    for name in ("profile.txt", "console.log"):
+        (race / name).write_text("shopping list\n")
+    assert run(race)[0] == 0
+    (race / "a/profile.txt").write_text("shopping list\n")
+    assert f"{race}/a/profile.txt: not a log" in run(race)[2]
+
+
 GOOD = our_log()
 BAD = {
     "found 2 steps, and at the end ": GOOD.partition("step:3/4 ")[0] + "stopped by SIGTERM\n",
@@ -135,6 +162,34 @@ def test_a_race_is_paired_by_round_and_gives_differences_and_a_ratio(race, run):
         f"no clear difference in loss: +0.0200 ± {t * 0.01 / 3**0.5:.4f}")
 
 
+def test_times_of_unlike_hardware_have_no_verdict(race, run):
+    """The losses have; and one set is of one machine."""
+    for log in (race / "a").iterdir():
+        log.write_text(log.read_text().replace("2 CPUs, 2 threads", "64 CPUs, 32 threads"))
+    code, out, _ = run(race)
+    assert code == 0 and out.splitlines()[-1].startswith(
+        "a against b, paired over 3 rounds: times of unlike hardware do not compare (64 CPUs, 32 threads; "
+        "2 CPUs, 2 threads); no clear difference in loss: +0.0200 ±")
+    write(race / "a", our_log(1.3, mlp_dim=9, target=0.0), name="x.txt")
+    code, out, err = run(race / "a")
+    assert code == 1 and not out and err.count("\n") == 1
+    assert "a/x.txt differ in hardware (64 CPUs, 32 threads; 2 CPUs, 2 threads), so" in err
+
+
+TESLA = SMI.replace("NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB ")
+
+
+@pytest.mark.parametrize("environment, lines, expected", [
+    (SMI, "", "2 x NVIDIA H100 80GB HBM3"),
+    (SMI, "device: cuda (a CUDA GPU is here)\nbatch: 1 ranks", "1 x NVIDIA H100 80GB HBM3"),
+    (SMI + ", 2 CPUs, 1 threads", "device: cpu, as DEVICE says\nbatch: 1 ranks", "2 CPUs, 1 threads"),
+    (TESLA + ", 2 CPUs, 1 threads", "", "2 x Tesla V100-SXM2-16GB"),
+    ("2 CPUs, 1 threads, nvidia-smi: not found", "device: cuda (x)\nbatch: 8 ranks", "8 x unknown GPU"),
+])
+def test_hardware_is_what_computes(environment, lines, expected):
+    assert report.describe_hardware(environment, lines) == expected
+
+
 def test_rounds_that_only_one_version_has_are_not_paired(race, run):
     (race / "a/round-02.txt").unlink()
     assert "a against b, paired over 2 rounds" in run(race)[1]
@@ -159,6 +214,22 @@ def test_runs_that_reach_a_target_are_counted(tmp_path, run):
     assert "p (mean" not in out and "loss is not shown to meet" in out
 
 
+def test_there_is_no_p_of_runs_that_stopped_at_their_target(tmp_path, run):
+    """Nor of runs that are judged at different steps."""
+    early = write(tmp_path / "early", our_log(1.6, steps=9), our_log(1.65, steps=9))
+    code, out, _ = run(early)
+    assert code == 0 and "p (mean" not in out and "reached: 2 of 2, at step 4;" in out
+    assert "  no claim on the mean loss: " in out and "is not shown" not in out
+    assert "p (mean ≤ target): 0.1 (3.7); " in run(early, "--step", 2, "--target", 3.7)[1]
+    last = write(tmp_path / "last", our_log(1.6), our_log(1.65))  # it is the last planned step
+    assert "p (mean ≤ target): 0.1 (1.7); " in run(last)[1]
+    fixed = write(tmp_path / "fixed", *(our_log(x, steps=9, target=0.0) for x in (1.6, 1.65)))
+    assert "p (mean ≤ target): 0.1 (1.7); " in run(fixed, "--target", 1.7)[1]
+    group = report.load([fixed], target=1.7)[0]
+    group.runs[0].end = group.runs[0].validations[2]
+    assert math.isnan(report.p_value(group))
+
+
 def test_the_plot_is_a_picture(race, run, tmp_path):
     assert run(race, "--plot", tmp_path / "x.png")[0] == 0
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -168,6 +239,22 @@ def test_the_plot_is_a_picture(race, run, tmp_path):
 def test_wrong_arguments_have_exit_code_2(arguments):
     with pytest.raises(SystemExit, match="2"):
         report.main(arguments)
+
+
+def test_a_console_need_not_have_all_characters(race, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert report.main([str(race), "--target", "1.55"]) == 0
+    console.flush()
+    assert b"p (mean ? target): 0." in console.buffer.getvalue()
+
+
+def test_ctrl_c_is_no_traceback(race, run, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "load", stop)
+    assert run(race) == (130, "", "stopped by Ctrl-C\n")
 
 
 @pytest.fixture
@@ -204,6 +291,12 @@ def test_a_record_has_every_round(records, run):
     for version in ("a", "b"):  # the second time, round 2 of both is missing
         (records / f"2026-02-03_Two/{version}/round-02.txt").unlink()
         assert "expected round-02.txt, found none." in run("--leaderboard")[2]
+
+
+def test_a_page_that_is_not_utf_8_is_named(records, run):
+    page = records / "2026-01-02_One/README.md"
+    page.write_bytes("# Größe\n".encode("latin-1"))
+    assert f"{page}: expected a text in UTF-8, found " in run("--leaderboard")[2]
 
 
 def test_the_tables_of_this_repository_are_what_their_logs_give(run):
