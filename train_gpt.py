@@ -32,6 +32,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -1472,36 +1473,71 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
 # ----------------------------------------------------------------------------------------------------------
 # Run: processes and device, clock, log
 
-def choose_device(s: Settings) -> tuple[torch.device, str]:
-    """The device of this process and the reason. Raises UserError (exit code 2) if there are too few GPUs."""
+START_ANEW = "start with torchrun, or unset WORLD_SIZE."
+
+class Launcher(NamedTuple):
+    """What torchrun tells a process, in variables of these names."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+def read_launcher(environ) -> Launcher:
+    """One process if there is no WORLD_SIZE, and what torchrun says if there is. Raises UserError (exit code
+    2) if a variable is missing or no number in its range."""
+    if "WORLD_SIZE" not in environ:
+        return Launcher()
+    numbers = []
+    for name in Launcher._fields:
+        text = environ.get(name.upper(), "")
+        if not text.isdecimal():
+            raise UserError(f"{name.upper()}: expected a whole number beside WORLD_SIZE, found {text!r}; "
+                            f"{START_ANEW}", exit_code=2)
+        numbers.append(int(text))
+    launched = Launcher(*numbers)
+    if not (launched.rank < launched.world_size and launched.local_rank < launched.local_world_size):
+        raise UserError("RANK: expected a rank below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, "
+                        f"found {launched}; {START_ANEW}", exit_code=2)
+    if launched.world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environ.get(name):
+                raise UserError(f"{name}: expected where rank 0 is, beside WORLD_SIZE, found none; "
+                                f"{START_ANEW}", exit_code=2)
+    return launched
+
+def choose_device(s: Settings, launched: Launcher) -> tuple[torch.device, str]:
+    """The device of this process and the reason. Raises UserError (exit code 2) if there are too few GPUs, or
+    as many ranks as cannot share a step."""
+    if problem := world_size_problem(s, launched.world_size):
+        raise UserError(problem, exit_code=2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if s.device == "cpu" or (s.device == "auto" and not gpus):
         return torch.device("cpu"), "as DEVICE says" if s.device == "cpu" else "no CUDA GPU is here"
-    processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), s.nproc)
+    processes = max(launched.local_world_size, s.nproc)
     if processes > gpus:
         raise UserError(f"DEVICE: expected a CUDA GPU for each of {processes} processes, found {gpus} GPUs; "
                         "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "a CUDA GPU is here"
+    device = torch.device("cuda", launched.local_rank)
+    torch.cuda.set_device(device)
+    return device, "a CUDA GPU is here"
 
-def init_distributed(s: Settings) -> tuple[torch.device, str, int, int]:
-    """(device, reason, rank, world_size), as torchrun's variables say. Raises UserError."""
-    device, why = choose_device(s)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if problem := world_size_problem(s, world_size):
-        raise UserError(problem, exit_code=2)
+def connect(device: torch.device, launched: Launcher) -> None:
+    """Wait for all ranks. Says so on the console if that takes long."""
+    if launched.world_size == 1:
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"rank {launched.rank} still waits for the others of {launched.world_size} ranks at {place}"
+    waiting = threading.Timer(10, print, [text], dict(file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        ensure_demo_data(s)
-    if world_size > 1:  # waits for every rank, and so for the demo's data
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
-                                device_id=device if cuda else None)
-        dist.barrier()  # a rank that ends with an error must not do so while others still connect
-    return device, why, rank, world_size
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                            device_id=device if cuda else None)
+    dist.barrier()  # a rank that ends with an error must not do so while others still connect
+    waiting.cancel()
 
 class Clock:
     """Training time in seconds: runs between start() and stop(), each of which waits for the device first."""
@@ -1533,7 +1569,7 @@ class Log:
         self.settings, self.file, self.bar, self.val_loss = s, None, None, math.nan
         if rank:
             return
-        self.folder = Path(s.log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
+        self.folder = Path(s.log_dir).resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
         self.folder.mkdir(parents=True)
         self.file = open(self.folder / "log.txt", "x", encoding="utf-8", errors="backslashreplace")
         print(f"log: {self.folder / 'log.txt'}", flush=True)
@@ -1583,7 +1619,10 @@ class Log:
 # metadata hold step, training seconds, what identifies the run, and a SHA-256 of everything else.
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "checkpoint_every", "resume", "sample_tokens"}
+# Settings that may differ when a run goes on: where it runs, and when it looks, saves and stops. Of the data,
+# the tokens count, not the places.
+FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "train_files", "val_files", "checkpoint_every",
+                  "resume", "sample_tokens", "target_loss", "val_loss_every"}
 
 def checkpoint_hash(header: dict, payload: list) -> str:
     """SHA-256 of the header (without this hash) and the payload's parts."""
@@ -1594,6 +1633,7 @@ def checkpoint_hash(header: dict, payload: list) -> str:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write under another name, flush, then rename: the file is whole or absent. Raises OSError."""
+    metadata = {name: text for name, text in metadata.items() if name != "sha256"}  # of a file that was read
     names, offset = {dtype: name for name, dtype in DTYPES.items()}, 0
     header, payload = dict(__metadata__=metadata), []
     for name, x in tensors.items():
@@ -1620,7 +1660,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         expected = header["__metadata__"].pop("sha256")
         if checkpoint_hash(header, [data[begin:]]) != expected:
             raise ValueError(f"a SHA-256 other than {expected}")
-        metadata = header.pop("__metadata__")
+        metadata = header.pop("__metadata__") | dict(sha256=expected)
         for name, about in header.items():
             first, last = about["data_offsets"]
             raw = torch.from_numpy(data[begin + first:begin + last].copy())  # copied for its alignment
@@ -1633,7 +1673,7 @@ def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.nda
     """What must be the same for a run to continue from a checkpoint, by name."""
     same = {name: value for name, value in asdict(s).items() if name not in FREE_TO_CHANGE}
     same |= dict(source=hashlib.sha256(source.encode()).hexdigest(),
-                 training_data={x.path.name: x.checksum for x in plan.shards if x.checksum is not None},
+                 training_data=[shard.checksum for shard in plan.shards if shard.checksum is not None],
                  validation_data=zlib.crc32(val_tokens),
                  microbatches_of_a_step=s.num_microbatches(world_size))
     return json.loads(json.dumps(same))  # as a checkpoint has it
@@ -1662,41 +1702,94 @@ def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int
     except OSError as error:  # the checkpoints that are there stay
         log.write(f"checkpoint: WARNING: {path} could not be written: {error}; training goes on")
 
-@torch.no_grad()
-def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
-    """Load the checkpoint that RESUME names; returns the number of steps done. Called by all ranks. auto is
-    the newest whole one of this race, or a new start if LOG_DIR has no checkpoints. Raises UserError."""
-    s, problem, paths = log.settings, None, [Path(log.settings.resume)]
-    if s.resume == "auto":
-        paths = sorted(Path(s.log_dir).glob("*/step_*.safetensors"), key=os.path.getmtime, reverse=True)
-    for path in paths:
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+def find_checkpoint(log: Log, identity: dict) -> Found | None:
+    """The checkpoint that RESUME names. auto: that of the highest step of this race, or None if LOG_DIR has
+    none; those of another source do not count. Raises UserError if there are some, and none is whole and of
+    this race."""
+    s = log.settings
+    if s.resume != "auto":
+        return Found(Path(s.resume), *open_checkpoint(Path(s.resume), identity, log))
+    problem = None
+    folder = Path(s.log_dir).resolve()
+    for path in sorted(folder.glob("*/step_*.safetensors"), key=lambda path: path.name, reverse=True):
         try:
-            tensors, metadata = read_safetensors(path)
-            theirs = json.loads(metadata["run"])
-            changed = [f"{name} {theirs.get(name)!r} (here {identity.get(name)!r})"
-                       for name in sorted(theirs | identity) if theirs.get(name) != identity.get(name)]
-            if not changed:
-                break
-            raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo "
-                            "the change, or unset RESUME to start anew.")
+            tensors, metadata = open_checkpoint(path, identity)
+            if json.loads(metadata["run"])["source"] == identity["source"]:
+                return Found(path, tensors, metadata)
+            log.write(f"checkpoint: skipped: {path} is of another train_gpt.py")
         except UserError as error:
             log.write(f"checkpoint: skipped: {error}")
             problem = problem or error
-    else:
-        if problem:
-            raise UserError(f"RESUME: {problem}", exit_code=2)
-        log.write(f"checkpoint: none in {s.log_dir}, starting anew")
+    if problem:
+        raise problem
+    log.write(f"checkpoint: none in {folder} to go on from, starting anew")
+    return None
+
+def open_checkpoint(path: Path, identity: dict, log: Log | None = None):
+    """(tensors, metadata) of a checkpoint of this race. One of another source is returned unchecked; with a
+    log, it is checked, and told there. Raises UserError."""
+    tensors, metadata = read_safetensors(path)
+    theirs = json.loads(metadata["run"])
+    if theirs.get("source") != identity["source"]:
+        if log is None:
+            return tensors, metadata
+        log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
+    changed = []
+    for name in sorted((theirs | identity).keys() - {"source"}):
+        if theirs.get(name) != identity.get(name):
+            changed.append(f"{name} {theirs.get(name)!r} (here {identity.get(name)!r})")
+    if changed:
+        raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo the "
+                        "change, or unset RESUME to start anew.")
+    return tensors, metadata
+
+def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
+    """Compare what the ranks found. Raises UserError on all of them if it is not the same everywhere."""
+    mine = "none"
+    if problem:
+        mine = "an error"
+    elif found:
+        mine = f"step {found.metadata['step']}, SHA-256 {found.metadata['sha256'][:12]}"
+    theirs = [mine]
+    if dist.is_initialized():
+        theirs = [None] * dist.get_world_size()
+        dist.all_gather_object(theirs, mine)
+    if problem:
+        raise problem
+    if len({*theirs}) > 1:
+        ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(theirs))
+        raise UserError(f"RESUME: expected one checkpoint for all ranks, found {ranks}; LOG_DIR must be one "
+                        "folder for all.", exit_code=2)
+
+@torch.no_grad()
+def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
+    """Load the checkpoint that RESUME means; returns the number of steps done. Called by all ranks. Raises
+    UserError."""
+    found, problem = None, None
+    try:
+        found = find_checkpoint(log, identity)
+    except UserError as error:
+        problem = UserError(f"RESUME: {error}", exit_code=2)
+    agree_on_checkpoint(found, problem)
+    if found is None:
         return 0
     for sp in optimizer.sharded_params:
         num_rows = sp.row.shape[0]
-        sp.param.data[:num_rows] = tensors[sp.name].to(sp.param.data)
+        sp.param.data[:num_rows] = found.tensors[sp.name].to(sp.param.data)
         for key, x in sp.state.items():
             whole = x.new_zeros(len(sp.param), *x.shape[1:])
-            whole[:num_rows] = tensors[f"{key}.{sp.name}"].to(whole)
+            whole[:num_rows] = found.tensors[f"{key}.{sp.name}"].to(whole)
             x.copy_(whole if sp.row.tiny else whole.chunk(optimizer.world_size)[optimizer.rank])
-    clock.total = float(metadata["seconds"])
-    log.write(f"resumed: {path}, step {metadata['step']}, after {clock.total:.1f} s of training")
-    return int(metadata["step"])
+    clock.total = float(found.metadata["seconds"])
+    step = int(found.metadata["step"])
+    log.write(f"resumed: {found.path}, step {step}, after {clock.total:.1f} s of training")
+    return step
 
 # ----------------------------------------------------------------------------------------------------------
 # Training
@@ -1848,6 +1941,8 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
         if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step()
     if last_step:
+        if first_step and step.number == first_step:
+            log.write("finished: the checkpoint is of a run that has ended; no step was trained")
         log.result(step.number, val_loss, clock)
         return 0
     number = signal_number() or signal.SIGTERM  # another rank got the signal: say SIGTERM
@@ -1902,7 +1997,12 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
     begun, source, rule = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
-    device, why_device, rank, world_size = init_distributed(s)
+    launched = read_launcher(os.environ)
+    rank, world_size = launched.rank, launched.world_size
+    device, why_device = choose_device(s, launched)
+    if launched.local_rank == 0:
+        ensure_demo_data(s)  # the other ranks wait for this one in connect
+    connect(device, launched)
     if dry_run:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
         world_size = s.nproc or max(w for w in range(1, gpus + 1) if w == 1 or not world_size_problem(s, w))

@@ -268,7 +268,7 @@ def goes_on(path):
 
 
 def test_without_a_checkpoint_auto_starts_anew(s):
-    assert choose(s) == [f"checkpoint: none in {s.log_dir}, starting anew"]
+    assert choose(s) == [f"checkpoint: none in {s.log_dir} to go on from, starting anew"]
 
 
 def flip(path, place=-1000):
@@ -313,15 +313,19 @@ def test_other_settings_are_refused_with_the_difference(s, whole, change, differ
 
 
 @pytest.mark.parametrize("file, difference", [
-    ("train_0.bin", "training_data {'train_0.bin': "), ("val_0.bin", "validation_data "),
+    ("train_0.bin", "training_data [0-9\\[\\]]+ "), ("val_0.bin", "validation_data "),
 ])
 def test_other_tokens_in_documents_of_the_same_places_are_refused(s, whole, tmp_path, file, difference):
     """The same data in another folder, and what has nothing to do with the race, may be changed."""
     newest = up_to(4, whole(), s.log_dir)
     for path in Path(s.data_path).glob("*.bin"):
         shutil.copy(path, tmp_path)
-    other = replace(s, data_path=str(tmp_path), nproc=2, checkpoint_every=3)
+    shutil.move(tmp_path / "train_0.bin", tmp_path / "other.bin")
+    other = replace(s, data_path=str(tmp_path), nproc=2, checkpoint_every=3, train_files="o*.bin",
+                    val_loss_every=2, target_loss=1.0)
     assert choose(other) == [goes_on(newest)]
+    shutil.move(tmp_path / "other.bin", tmp_path / "train_0.bin")
+    other = replace(other, train_files=s.train_files)
     tokens = np.fromfile(tmp_path / file, "<u2")[512:]
     place = np.flatnonzero((tokens[:60] > 0) & (tokens[:60] < 48))[-1]
     tokens[place] -= 1
@@ -330,10 +334,63 @@ def test_other_tokens_in_documents_of_the_same_places_are_refused(s, whole, tmp_
         choose(other)
 
 
-def test_another_source_or_number_of_microbatches_is_refused(s, whole):
+def test_data_in_another_order_are_refused_even_if_the_files_have_one_name(s, whole, tmp_path):
+    """The order of the shards is that of their tokens."""
+    for number, seed in enumerate((1, 2)):
+        (tmp_path / f"{number}").mkdir()
+        write_shard(tmp_path / f"{number}/a.bin", np.concatenate(random_documents(seed, 10)))
+    s = replace(s, train_files=str(tmp_path / "[0-9]/a.bin"), num_iterations=6, epochs=9)
+    newest = saved_by(s)
+    assert choose(s)[-1] == goes_on(newest)
+    (tmp_path / "0").rename(tmp_path / "2")
+    with pytest.raises(UserError, match=" found training_data "):
+        choose(s)
+
+
+def saved_by(s):
+    """The newest checkpoint of a run of these settings."""
+    ran(s)
+    return checkpoints(s.log_dir)[0]
+
+
+def test_another_source_is_told_where_it_is_named_and_passed_over_by_auto(s, whole):
+    newest = up_to(2, whole(), s.log_dir)
+    named = choose(s, newest, source="# faster")
+    assert named == [f"checkpoint: WARNING: {newest} is of another train_gpt.py; this one goes on from it",
+                     goes_on(newest)]
+    *skipped, last = choose(s, source="# faster")
+    assert len(skipped) == 2 and all("is of another train_gpt.py" in line for line in skipped)
+    assert last.endswith("starting anew")
+
+
+def test_auto_takes_the_highest_step_whatever_the_times_of_the_files(s, whole):
+    newest = up_to(4, whole(), s.log_dir)
+    os.utime(newest, (1, 1))
+    assert choose(s) == [goes_on(newest)]
+
+
+def test_a_run_that_is_finished_says_so_and_trains_nothing(s, whole):
+    up_to(6, whole(), s.log_dir)
+    shown = ran(replace(s, resume="auto"))
+    assert "\nfinished: the checkpoint is of a run that has ended; no step was trained\n" in shown
+    assert "train_loss" not in shown and "final_step:6" in shown
+
+
+def own_log_dir(rank):
+    """Rank 1 has an empty LOG_DIR."""
+    if rank == 1:
+        os.environ["LOG_DIR"] += "_of_rank_1"
+
+
+def test_ranks_that_find_different_checkpoints_end_with_one_sentence_each(s, whole):
+    up_to(4, whole(2), s.log_dir)
+    said = ran(replace(s, resume="auto"), own_log_dir, ranks=2, code=2)
+    assert "RESUME: expected one checkpoint for all ranks, found rank 0: step 4, SHA-256 " in said
+    assert "; rank 1: none; LOG_DIR must be one folder for all." in said and "Traceback" not in said
+
+
+def test_another_number_of_microbatches_is_refused(s, whole):
     up_to(4, whole(), s.log_dir)
-    with pytest.raises(UserError, match=" found source '"):
-        choose(s, source="# faster")
     with pytest.raises(UserError, match=r" found microbatches_of_a_step 2 \(here 4\)"):
         choose(s, world_size=4)
 

@@ -190,7 +190,8 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
 
 @pytest.mark.parametrize("changes, expected", [
     (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each of 1 processes, found 0 GPUs;"),
-    (dict(WORLD_SIZE="3", RANK="0"), "NPROC: expected ranks that share 3 microbatches"),
+    (dict(WORLD_SIZE=3, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=3, MASTER_ADDR="here", MASTER_PORT=1),
+     "NPROC: expected ranks that share 3 microbatches"),
 ])
 def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -243,3 +244,21 @@ def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, mon
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
         code, shown, said = run_main("--dry-run", **overrides(replace(data, device="auto")))
         assert (code, said) == (0, "") and f"\nbatch: {ranks} ranks x {8 // ranks} microbatches" in shown
+
+
+@pytest.mark.parametrize("environ, name", [
+    (dict(WORLD_SIZE=8), "RANK"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0), "LOCAL_WORLD_SIZE"),
+    (dict(WORLD_SIZE=2, RANK="one", LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "RANK"),
+    (dict(WORLD_SIZE="", RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "WORLD_SIZE"),
+    (dict(WORLD_SIZE=2, RANK=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "RANK"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "MASTER_ADDR"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, MASTER_ADDR="here"), "MASTER_PORT"),
+])
+@pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
+def test_a_launchers_variable_that_is_missing_or_wrong_is_one_sentence(
+    data, run_main, environ, name, arguments
+):
+    code, shown, said = run_main(*arguments, **overrides(data) | environ)
+    assert (code, shown, said.count("\n")) == (2, "", 1) and said.startswith(f"{name}: expected ")
+    assert said.endswith("start with torchrun, or unset WORLD_SIZE.\n")
