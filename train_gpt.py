@@ -1885,31 +1885,30 @@ def catch_signals() -> Callable[[], int]:
 
     return signal_number
 
+def finish_step(status: Status, optimizer: ShardedOptimizer, log: Log, clock: Clock) -> bool:
+    """Wait for a step and log it; returns whether a rank asked to stop. Raises UserError if the loss or a
+    gradient is not finite."""
+    loss, stop, not_finite = status.wait()
+    spoiled = [] if math.isfinite(loss) else ["the loss"]
+    for sp, flag in zip(optimizer.sharded_params, not_finite):
+        if flag:
+            spoiled.append(f"the gradient of {sp.name}")
+    steps_done = status.step.number + 1
+    if spoiled:
+        raise UserError(f"step {steps_done}: expected finite numbers, found inf or nan in "
+                        f"{', '.join(spoiled)}; lower the learning rates, or go on from a checkpoint.")
+    log.step(steps_done, loss, clock)
+    return stop
+
 def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
           log: Log, clock: Clock, identity: dict, first_step: int) -> int:
     """The race: train and validate until the target or the last step; the clock stops during validation.
-    Returns the exit code. Raises UserError if the loss or a gradient is not finite."""
+    Returns the exit code. Raises UserError."""
     s, rank, world_size = model.settings, optimizer.rank, optimizer.world_size
     signal_number = catch_signals()
     stopping = False
     running = deque()  # the Status of each step that the host has not waited for
     stage = None
-
-    def finish_step() -> bool:
-        """Wait for the oldest running step and log it; returns whether a rank asked to stop."""
-        status = running.popleft()
-        loss, stop, not_finite = status.wait()
-        spoiled = [] if math.isfinite(loss) else ["the loss"]
-        for sp, flag in zip(optimizer.sharded_params, not_finite):
-            if flag:
-                spoiled.append(f"the gradient of {sp.name}")
-        steps_done = status.step.number + 1
-        if spoiled:
-            raise UserError(f"step {steps_done}: expected finite numbers, found inf or nan in "
-                            f"{', '.join(spoiled)}; lower the learning rates, or go on from a checkpoint.")
-        log.step(steps_done, loss, clock)
-        return stop
-
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would stop the loop for up to half a second
@@ -1927,7 +1926,7 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
         if validating or saving or stopping:
             clock.stop()
             while running:
-                stopping |= finish_step()
+                stopping |= finish_step(running.popleft(), optimizer, log, clock)
             if validating:
                 val_loss = validate(model, val_tokens, s, rank, world_size, step.stage)
                 log.validation(step.number, val_loss, clock)
@@ -1939,7 +1938,7 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
             clock.start()
         running.append(train_step(model, optimizer, batches, step, signal_number))
         if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
-            stopping |= finish_step()
+            stopping |= finish_step(running.popleft(), optimizer, log, clock)
     if last_step:
         if first_step and step.number == first_step:
             log.write("finished: the checkpoint is of a run that has ended; no step was trained")

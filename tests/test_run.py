@@ -133,7 +133,7 @@ def test_a_log_holds_source_environment_settings_and_lines_that_parse_but_no_sec
     tail = log[len(source) :]
     for f in fields(Settings):
         mark = "  (overridden)" if f.name.upper() in overrides(s) else ""
-        assert f"\n{f.name}: {getattr(s, f.name)!r}{mark}\n" in tail, f.name
+        assert f"\n{f.name}: {train_gpt.setting_text(getattr(s, f.name))}{mark}\n" in tail, f.name
     for expected in (
         f"\nPython {sys.version}\n",
         f"\nPyTorch {torch.__version__}, CUDA ",
