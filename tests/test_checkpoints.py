@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -244,6 +245,73 @@ def test_a_run_goes_on_at_another_world_size_up_to_rounding(s, whole, first, the
     (ours, _), (theirs, _) = (read_safetensors(checkpoints(x)[0]) for x in (s.log_dir, whole(first)))
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x, atol=1e-3 * x.abs().max().item(), rtol=0)
+
+
+# ---- Stages of their own batch, cut and windows; rules with states of their own; a network that changes
+
+STAGES = dict(batch_tokens=(64, 128, 192), max_seq_len=(20, 10, 15), window_schedule=(3, 7, 11),
+              microbatches=4, stage_starts=(0, 2, 4), stage_lr_factors=(1.0, 1.5, 2.0), warmup_steps=3)
+
+
+class RowMuon(train_gpt.Muon):
+    """Its state has a tensor of another shape than the parameter's."""
+
+    def init_state(self, p):
+        return super().init_state(p) | dict(squares=torch.zeros(len(p), p.size(1), 1))
+
+    def update(self, p, grad, state, step, factors=None):
+        squares = state["squares"].lerp_(grad.square().mean(-1, keepdim=True), 0.1)
+        super().update(p, grad / (squares.sqrt() + 1e-3), state, step, factors)
+
+
+class Descent(NamedTuple):
+    """It has no state."""
+
+    lr: float
+
+    def init_state(self, p):
+        return {}
+
+    def update(self, p, grad, state, step, factors=None):
+        p.add_(grad, alpha=-self.lr * step.lr_factor)
+
+
+def unusual(rank):
+    """Such rules, and rotary tables that change when a stage begins."""
+    declare = train_gpt.GPT.declare_parameters
+
+    def declare_parameters(s, kernels):
+        rows = declare(s, kernels)
+        return rows | dict(scalars=rows["scalars"]._replace(rule=Descent(0.01)))
+
+    train_gpt.Muon = RowMuon
+    train_gpt.GPT.declare_parameters = staticmethod(declare_parameters)
+    train_gpt.GPT.enter_stage = lambda self, stage: self.cos.mul_(1 - stage.first_step / 100)
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_resumes_bit_for_bit_at_every_step(s, tmp_path):
+    s = replace(s, **STAGES)
+    whole = tmp_path / "whole"
+    ran(replace(s, log_dir=str(whole)), unusual, kept_aside)
+    for step in range(1, 6):
+        own = tmp_path / f"from_{step}"
+        up_to(step, whole, own)
+        shown = ran(replace(s, log_dir=str(own), resume="auto"), unusual)
+        assert f", step {step}, after " in shown
+        expected = {key: loss for key, loss in losses(whole).items() if key > (step, "train")}
+        assert losses(own) == expected and content(own) == content(whole), step
+
+
+@pytest.mark.slow
+def test_a_run_in_stages_is_the_same_on_one_two_and_four_ranks_up_to_rounding(s, tmp_path):
+    s, found = replace(s, **STAGES), {}
+    for ranks in (1, 2, 4):
+        folder = tmp_path / f"{ranks}"
+        ran(replace(s, log_dir=str(folder)), unusual, ranks=ranks)
+        found[ranks] = {key: float(loss) for key, loss in losses(folder).items()}
+    assert len(found[1]) == 6 + 3
+    assert found[2] == pytest.approx(found[1], abs=2e-4) and found[4] == pytest.approx(found[1], abs=2e-4)
 
 
 # ---- What it goes on from, and what not

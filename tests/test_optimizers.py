@@ -235,6 +235,48 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
         assert (x.double() - y).norm() < 0.01 * y.norm()
 
 
+def test_adam_written_out_is_the_fused_kernel():
+    """The lines that a row with factors or decay takes, with factors of 1 and no decay."""
+    fused, written = (torch.nn.Parameter(normal(32, 8)) for _ in range(2))
+    optimizers = [optimizer_of({"p": fused}, ADAM, {"p": 0.02}),
+                  optimizer_of({"p": written}, ADAM, {"p": 0.02}, factors=(1.0,) * 32)]
+    for i in range(30):
+        for p, optimizer in zip((fused, written), optimizers):
+            p.grad = normal(32, 8, seed=i)
+            optimizer.reduce_scatter()
+            optimizer.step(train_gpt.Step(i, None, 1.0 - i / 60, 0.0))
+    torch.testing.assert_close(written, fused, rtol=1e-6, atol=1e-6)
+
+
+def test_decay_is_cautious_and_factors_are_of_the_rate_of_each_row():
+    """Decay shrinks only weights that the step shrinks, too, by the square of the rate."""
+    p, plain = (torch.nn.Parameter(normal(6, 12)) for _ in range(2))
+    before, factors = p.detach().clone(), torch.tensor([1.0, 2.0, 1.0, 0.5, 0.0, 1.0])
+    rule = ADAM._replace(cautious_decay=3.0)
+    optimizers = [optimizer_of({"p": p}, rule, {"p": 0.1}, factors=tuple(factors.tolist())),
+                  optimizer_of({"p": plain}, ADAM, {"p": 0.1})]
+    for parameter, optimizer in zip((p, plain), optimizers):
+        parameter.grad = normal(6, 12, seed=9)
+        optimizer.reduce_scatter()
+        optimizer.step(train_gpt.Step(0, None, 1.0, 0.0))
+    update = (before - plain.detach()) * factors[:, None]
+    decay = (0.1 * factors[:, None]) ** 2 * 3.0 * before * (update * before > 0)
+    torch.testing.assert_close(p.detach(), before - update - decay)
+    assert torch.equal(p[4], before[4]) and (decay != 0).any() and (decay == 0).any()
+
+
+def test_each_matrix_of_a_bank_can_have_a_factor_of_the_rate():
+    twice, once = (torch.nn.Parameter(normal(3, 8, 4)) for _ in range(2))
+    before = once.detach().clone()
+    for p, columns in ((twice, dict(factors=(1.0, 2.0, 1.0))), (once, {})):
+        p.grad = normal(3, 8, 4, seed=5)
+        optimizer = optimizer_of({"p": p}, MUON, {"p": 0.1}, **columns)
+        optimizer.reduce_scatter()
+        optimizer.step(train_gpt.Step(0, None, 1.0, 0.9))
+    steps = [p.detach() - before for p in (twice, once)]
+    torch.testing.assert_close(steps[0], steps[1] * torch.tensor([1.0, 2.0, 1.0]).view(3, 1, 1))
+
+
 @pytest.mark.parametrize(
     "changes", [{}, dict(value_embeds="." * 12, gate_channels=0), dict(ngram_rows=40, ngram_dim=8)])
 def test_every_parameter_is_trained_once(small, changes):
