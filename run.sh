@@ -4,9 +4,18 @@
 #   NPROC=2 NUM_ITERATIONS=200 ./run.sh    any setting, from the environment
 #   ./run.sh --help | --dry-run            explain the settings | check settings and data, show the plan
 #   ./run.sh test [WORDS]                  run the tests; the words go to pytest
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # called as `sh run.sh`
 set -eu
 
-here=$(cd -- "$(dirname -- "$0")" && pwd)
+script=${BASH_SOURCE[0]}
+while [ -L "$script" ]; do  # called through a link: follow it
+    target=$(readlink -- "$script")
+    case $target in
+        /*) script=$target ;;
+        *) script=$(dirname -- "$script")/$target ;;
+    esac
+done
+here=$(cd -- "$(dirname -- "$script")" && pwd -P)
 python=${PYTHON:-python3}  # PYTHON names another interpreter
 needs=("$here/requirements.txt")
 if [ "${1:-}" = test ]; then needs+=("$here/tests/requirements.txt"); fi
@@ -33,6 +42,9 @@ if ! has_packages "$python"; then
     if ! has_packages "$here/.venv/bin/python"; then
         echo "run.sh: installing packages in $here/.venv (PyTorch with CUDA takes gigabytes)"
         "$python" -m venv "$here/.venv"  # on Debian and Ubuntu this needs: apt install python3-venv
+        if [ "${1:-}" = test ] && ! "$here/.venv/bin/python" -c 'import torch' 2> /dev/null; then
+            needs+=("$here/tests/requirements-torch.txt")
+        fi
         "$here/.venv/bin/python" -m pip install "${needs[@]/#/--requirement=}"
     fi
     python=$here/.venv/bin/python

@@ -16,6 +16,7 @@ case "$*" in
 -\\ *) [ -e "$(dirname "$0")/installed" ] ;;
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip install "*) touch "$(dirname "$0")/installed" ;;
+"-c import torch"*) [ -e "$(dirname "$0")/torch" ] ;;
 *--dry-run*) echo "batch: $PROCESSES ranks x 1 microbatches"; exit "$REFUSED" ;;
 esac
 """
@@ -30,14 +31,14 @@ def checkout(tmp_path):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
 
-    def run(*arguments, installed=True, **changes):
+    def run(*arguments, installed=True, script=folder / "run.sh", shell=(), **changes):
         calls = folder / "calls"
         calls.unlink(missing_ok=True)
         if installed:
             (folder / "fake/installed").touch()
         given = dict(PYTHON=folder / "fake/python", CALLS=calls, VERSION="3, 10", PROCESSES=1, REFUSED=0)
         environ = environment(**given | changes)
-        done = subprocess.run([folder / "run.sh", *arguments], env=environ, capture_output=True, text=True)
+        done = subprocess.run([*shell, script, *arguments], env=environ, capture_output=True, text=True)
         return done.returncode, done.stderr, calls.read_text().replace(f"{folder}/", "").splitlines()
 
     return run
@@ -83,4 +84,29 @@ def test_the_tests_get_their_own_packages_and_words(checkout):
     code, _, calls = checkout("test", "-k", "two words", installed=False)
     assert code == 0 and calls[-1] == "bin -m pytest -k two words"
     both = "--requirement=requirements.txt --requirement=tests/requirements.txt"
-    assert f"bin -m pip install {both}" in calls
+    assert f"bin -m pip install {both} --requirement=tests/requirements-torch.txt" in calls
+
+
+def test_the_tests_keep_a_pytorch_that_is_there(checkout, tmp_path):
+    checkout(installed=False)
+    venv = tmp_path / "a checkout/.venv/bin"
+    (venv / "installed").unlink()
+    (venv / "torch").touch()
+    code, _, calls = checkout("test", installed=False)
+    installs = [call for call in calls if "pip install" in call]
+    assert code == 0 and installs == [
+        "bin -m pip install --requirement=requirements.txt --requirement=tests/requirements.txt"]
+    pinned = (ROOT / "tests/requirements.txt").read_text().lower()
+    assert "torch==" not in pinned and "torch==" in (ROOT / "tests/requirements-torch.txt").read_text()
+
+
+def test_another_shell_hands_over_to_bash(checkout):
+    code, said, calls = checkout("--dry-run", shell=["sh"])
+    assert (code, said, calls[-1]) == (0, "", "fake train_gpt.py --dry-run")
+
+
+def test_a_link_to_run_sh_uses_the_folder_that_run_sh_is_in(checkout, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/train").symlink_to("../a checkout/run.sh")
+    code, _, calls = checkout("--dry-run", script=tmp_path / "bin/train", installed=False)
+    assert code == 0 and calls[-1] == "bin train_gpt.py --dry-run" and not (tmp_path / "bin/.venv").exists()
