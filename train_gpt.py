@@ -123,7 +123,7 @@ class Settings:
     ngram_dim: int = 64  # [channels] of the n-gram table, added to the embedding's first channels
     ngram_max: int = 2  # [tokens] of the longest n-gram; the last 2, 3, ... tokens have a row each
     key_offset: bool = False  # [0 or 1] long windows: keys' non-rotary channels are of the token before
-    equal_qk_start: bool = False  # [0 or 1] initialise queries and keys as equal in the non-rotary channels
+    equal_qk_start: bool = False  # [0 or 1] with KEY_OFFSET: where it acts, q and k start equal there
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
@@ -275,6 +275,7 @@ def find_contradictions(s: Settings) -> list[str]:
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("equal_qk_start", s.key_offset or not s.equal_qk_start, "0, or KEY_OFFSET=1 beside it"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
     ]
     found = [f"{name.upper()}: expected {expected}, found {setting_text(getattr(s, name))}."
@@ -688,14 +689,18 @@ class GPT(nn.Module):
         num_attn, num_mlp = s.layout.count("A"), s.layout.count("M")
         num_tables = max((int(c) + 1 for c in s.value_embeds if c.isdecimal()), default=0)
         bound = 3**0.5 * 0.5 * dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
+        with_offset = []  # the attentions whose keys have an offset
+        for block in parse_layout(s):
+            if block.long_window:
+                with_offset += [number for parts in block.sublayers for kind, number in parts if kind == "A"]
 
         def init_attn(values: Tensor, generator: torch.Generator) -> None:
             """q, k and v; the output projections start at zero."""
             matrices = values.unflatten(0, (-1, 4))
             matrices[:, :3].uniform_(-bound, bound, generator=generator)
-            if s.equal_qk_start:  # a query finds its own token before anything is learned
+            if s.equal_qk_start:  # a query finds what followed its own token before anything is learned
                 channels = matrices.unflatten(2, (s.num_heads, 2, 2, -1))
-                channels[:, 1, :, :, 1] = channels[:, 0, :, :, 1]
+                channels[with_offset, 1, :, :, 1] = channels[with_offset, 0, :, :, 1]
 
         def init_mlp(values: Tensor, generator: torch.Generator) -> None:
             """c_fc; c_proj starts at zero."""

@@ -298,9 +298,10 @@ def test_initial_weights(small, model_dim, dtype):
     assert model.scalars.tolist() == [[1.0, 1.0, 0.0, 0.5, 0.5]] * 12
 
 
-def test_queries_and_keys_can_start_equal_in_the_channels_that_do_not_rotate(small):
-    s = replace(small, equal_qk_start=True)
+def test_queries_and_keys_can_start_equal_in_the_channels_that_do_not_rotate_but_have_an_offset(small):
+    s = replace(small, key_offset=True, equal_qk_start=True)
     size = s.model_dim // s.num_heads
     standing = torch.arange(s.model_dim) % (size // 2) >= size // 4
-    for wq, wk, *_ in fresh_model(s).attn_bank.detach().split(4):
-        assert torch.equal((wq == wk).all(dim=1), standing)
+    with_attention = [s.window_pattern[i] for i, word in enumerate(s.layout.split()) if "A" in word]
+    for window, (wq, wk, *_) in zip(with_attention, fresh_model(s).attn_bank.detach().split(4), strict=True):
+        assert torch.equal((wq == wk).all(dim=1), standing & (window == "L"))

@@ -79,7 +79,7 @@ def test_every_setting_is_read_from_the_environment(name):
     """And no other setting is changed by it."""
     kind = type(getattr(Settings(), name))
     text = SAMPLES.get(name) or {int: "7", float: "0.5", bool: "0", str: "x"}[kind]
-    together = dict(VALUE_EMBEDS="." * 12) if name == "layout" else {}
+    together = dict(layout=dict(VALUE_EMBEDS="." * 12), equal_qk_start=dict(KEY_OFFSET="1")).get(name, {})
     if kind is tuple:
         s, changed, _ = read_settings({"PRESET": "speedrun", "WINDOW_SCHEDULE": "5,6", name.upper(): text})
         assert train_gpt.setting_text(getattr(s, name)) == text and name in changed
@@ -143,6 +143,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("NUM_HEADS", "7", "a multiple of 4 x NUM_HEADS = 28"),
     ("GATE_CHANNELS", "769", "at most MODEL_DIM=768"),
     ("NGRAM_MAX", "6", "2 to 5"),
+    ("EQUAL_QK_START", "1", "0, or KEY_OFFSET=1 beside it"),
     ("MUON_MOMENTUM_END", "1", "a number from 0 to below 1"),
     ("ADAM_BETA2", "1", "a number from 0 to below 1"),
     ("NPROC", "3", "share 8 microbatches"),
