@@ -68,7 +68,8 @@ class UserError(Exception):
     exit_code: 2 for settings, 1 for everything else. rank: the rank to name, if only one found the error."""
     def __init__(self, *problems: str, exit_code: int = 1, rank: int | None = None):
         super().__init__("\n".join(problems))
-        self.exit_code, self.rank = exit_code, rank
+        self.exit_code = exit_code
+        self.rank = rank
 
 ByStage = tuple[int, ...]
 FactorsByStage = tuple[float, ...]
@@ -88,17 +89,18 @@ class Settings:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, in name order
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, likewise
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; keep two; 0: never
-    resume: str = ""  # checkpoint to continue from; auto: the newest of this race in LOG_DIR, if any
+    checkpoint_every: int = 0  # [steps] save every so many steps, at a stop and at the end; 0: never
+    resume: str = ""  # checkpoint to continue from; auto: that of the highest step in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
     target_loss: float = 3.28  # [nats/token] stop at the first validation loss at or below it
     val_loss_every: int = 125  # [steps] validate every so many steps, and at the end; 0: only at the end
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
-    warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
+    warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each stage; 0: none
     sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
-    # a training step's batch; [by stage]: one value, or one for each stage of the run, separated by commas
+    # a training step's batch. [by stage]: one value, or one for each stage of the run, separated by commas;
+    # the longest list says how many stages there are (here three, by window_schedule)
     microbatches: int = 8  # packed sequences per step, over all ranks; raise it to save GPU memory
     epochs: int = 1  # [passes] maximum number of passes over the training shards
     batch_tokens: ByStage = (393_216,)  # [tokens, by stage] per step, over all ranks
@@ -110,7 +112,7 @@ class Settings:
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
     bos_id: int = 50_256  # [id] of the token that opens every document
-    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # one word per block: A attention, M MLP; A+M: parallel
+    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # a word a block: AM attention, then MLP; A+M: parallel
     value_embeds: str = "012......012"  # one character per block: the number of its value embedding, or a dot
     window_pattern: str = "LSSSLSSLSSSL"  # one character per block: L long attention window, S short
     window_block: int = 128  # [tokens] unit of WINDOW_SCHEDULE
@@ -249,8 +251,10 @@ def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
     words = s.layout.split()
     no_attn = [i for i, word in enumerate(words) if "A" not in word and s.value_embeds[i:i + 1].isdecimal()]
-    word, each = r"[AM](\+?[AM])*", f"for each of the {len(words)} words of LAYOUT"
-    count, starts = num_stages(s), s.stage_starts
+    word = r"[AM](\+?[AM])*"
+    each = f"for each of the {len(words)} words of LAYOUT"
+    count = num_stages(s)
+    starts = s.stage_starts
     rows = [  # (setting, whether it fits, what is expected)
         ("device", s.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
         ("dtype", s.dtype in ("bfloat16", "float32"), "bfloat16 or float32"),
@@ -291,7 +295,10 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
     preset, why_preset = choose_preset(environ)
     kinds = {f.name.upper(): f.type for f in fields(Settings)}
     known = [*(name for name in kinds if len(name) >= 6), "PRESET"]  # shorter names resemble too many words
-    values, overrides, problems, wrong = dict(PRESETS.get(preset, {})), [], [], set()
+    values = dict(PRESETS.get(preset, {}))
+    overrides = []
+    problems = []
+    wrong = set()
     for name in sorted(environ):
         upper = name.upper()
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
@@ -344,7 +351,8 @@ class Stage(NamedTuple):
     lr_factor: float  # of every learning rate, before the cooldown
 
 class Step(NamedTuple):
-    """What one step is told. A validation before step n is told what step n is; that at the end, the last."""
+    """What one step is told. The validation after n steps uses the stage of step n, which is about to run;
+    the schedule has one step more than the run, for the last validation."""
     number: int  # from 0
     stage: Stage
     lr_factor: float  # of every learning rate
@@ -502,12 +510,12 @@ def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021); x: (T, H, K), float32; channel j pairs with j + K // 2.
     With the halves (a, b) of x: (a cos + b sin, b cos - a sin). One formula for both halves, since
-    torch.compile would compute each of two formulas for all channels. (Of roll, fewer operations fuse.)"""
+    torch.compile would compute each of two formulas for all channels. flip fuses better than roll."""
     x = x.unflatten(-1, (2, -1))
     return (x * cos).addcmul_(x.flip(-2), sin).flatten(-2)
 
-# A norm keeps its result and the scale for the backward pass. Its input's length has no effect, so that the
-# gradient has no part along the result.
+# A norm keeps its result and the scale for the backward pass. The magnitude of its input has no effect, so
+# that the gradient has no part along the result.
 
 def scale_to_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x scaled to a mean square of 1 over the last axis, and the scale (..., 1); x: float32."""
@@ -579,7 +587,9 @@ def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: in
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + mask) v of a packed sequence. q, k, v and the result: (T, H, K)."""
-    num_tokens, num_bands, band = len(q), mask.size(0), mask.size(2)
+    num_tokens = len(q)
+    num_bands = mask.size(0)
+    band = mask.size(2)
     padding = (0, 0, 0, 0, band, num_bands * band - num_tokens)  # the mask hides it
     q, k, v = (F.pad(x, padding).unflatten(0, (-1, band)) for x in (q, k, v))
     k, v = (torch.cat((x[:-1], x[1:]), dim=1) for x in (k, v))  # -> (N, 2W, H, K)
@@ -633,7 +643,7 @@ class Kernels(NamedTuple):
 
 class Block(NamedTuple):
     """One block of the network."""
-    sublayers: list[list[tuple[str, int]]]  # in order; parts of one have the same input: (A or M, number)
+    sublayers: list[list[tuple[str, int]]]  # AM: [[("A", 3)], [("M", 2)]]; A+M: [[("A", 3), ("M", 2)]]
     value_embed: int | None  # number of its value embedding
     long_window: bool
     skip_from: int | None  # number of the block whose output is added before anything else
@@ -672,7 +682,9 @@ class GPT(nn.Module):
     each rank owns an equal share, and the rows added stay zero."""
     def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
         super().__init__()
-        self.settings, self.kernels, self.blocks = s, kernels, parse_layout(s)
+        self.settings = s
+        self.kernels = kernels
+        self.blocks = parse_layout(s)
         self.rows = self.declare_parameters(s, kernels)
         for name, row in self.rows.items():
             first = row.shape[0] if row.tiny else round_up(row.shape[0], world_size)
@@ -685,8 +697,10 @@ class GPT(nn.Module):
     @staticmethod
     def declare_parameters(s: Settings, kernels: Kernels) -> dict[str, Row]:
         """name -> row, in the order in which initial values are drawn."""
-        dim, vocab = s.model_dim, s.padded_vocab
-        num_attn, num_mlp = s.layout.count("A"), s.layout.count("M")
+        dim = s.model_dim
+        vocab = s.padded_vocab
+        num_attn = s.layout.count("A")
+        num_mlp = s.layout.count("M")
         num_tables = max((int(c) + 1 for c in s.value_embeds if c.isdecimal()), default=0)
         bound = 3**0.5 * 0.5 * dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
         with_offset = []  # the attentions whose keys have an offset
@@ -709,11 +723,12 @@ class GPT(nn.Module):
         def init_scalars(values: Tensor, generator: torch.Generator) -> None:
             values[:] = torch.tensor(BlockScalars())
 
-        def adam(lr_mult: float) -> Adam:
+        def adam_rule(lr_mult: float) -> Adam:
             return Adam(s.adam_lr * lr_mult, (s.adam_beta1, s.adam_beta2))
 
         muon = Muon(s.muon_lr, s.torch_dtype, kernels.XXT)
-        dtype, tables = s.torch_dtype, adam(s.embed_lr_mult)
+        dtype = s.torch_dtype
+        tables = adam_rule(s.embed_lr_mult)
         rows = {"embed": Row((vocab, dim), tables, standard_normal, dtype)}
         if s.ngram_rows:
             rows["ngrams"] = Row((s.ngram_rows, s.ngram_dim), tables, zeros, dtype)
@@ -722,15 +737,17 @@ class GPT(nn.Module):
         rows["attn_bank"] = Row((4 * num_attn, dim, dim), muon, init_attn)  # q, k, v, output, for each
         if s.gate_channels:
             rows["gate_bank"] = Row((num_attn, s.num_heads, s.gate_channels), muon, zeros, tiny=True)
-        rows["mlp_bank"] = Row((2 * num_mlp, dim, s.mlp_dim), muon, init_mlp)  # c_fc, c_proj in one shape
-        rows["lm_head"] = Row((vocab, dim), adam(1), zeros)
+        # c_fc and c_proj of each MLP; c_proj is stored as (D, hidden), too, so that both stack
+        rows["mlp_bank"] = Row((2 * num_mlp, dim, s.mlp_dim), muon, init_mlp)
+        rows["lm_head"] = Row((vocab, dim), adam_rule(1), zeros)
         scalars = len(s.layout.split()), len(BlockScalars._fields)
-        rows["scalars"] = Row(scalars, adam(s.scalar_lr_mult), init_scalars, tiny=True)
+        rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), init_scalars, tiny=True)
         return rows
 
     def enter_stage(self, stage: Stage) -> None:
-        """What changes when a stage begins, beyond its batch, windows and rate: nothing in this network.
-        Called for each stage in turn, also when a run resumes; warm-up undoes it for all buffers."""
+        """What changes when a stage begins, beyond its batch, windows and rate: nothing in this network. It
+        may change buffers only: the warm-up puts them back. Called for each stage in turn, and again for all
+        that have begun when a run resumes."""
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 stage: Stage) -> Tensor:
@@ -781,8 +798,10 @@ class GPT(nn.Module):
         w_qkv, w_o, gate = weights  # (3D, D), (D, D) and (H, channels) or None
         qkv, gate_logits = (F.linear(x, w_qkv), None) if gate is None else GatedQKV.apply(x, w_qkv, gate)
         q, k, v = qkv.view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
-        cos, sin = self.cos[:len(x)], self.sin[:len(x)]
-        q, k = norm_and_rotate(q, cos, sin), norm_and_rotate(k, cos, sin)
+        cos = self.cos[:len(x)]
+        sin = self.sin[:len(x)]
+        q = norm_and_rotate(q, cos, sin)
+        k = norm_and_rotate(k, cos, sin)
         if offset:
             k = offset_keys(k)
         if ve is None:
@@ -801,7 +820,8 @@ class GPT(nn.Module):
         x = F.embedding(inputs, self.embed)
         if "ngrams" not in self.rows:
             return x
-        ids, hashes = inputs.long(), []
+        ids = inputs.long()
+        hashes = []
         total = HASH_FACTORS[0] * ids
         for back in range(1, self.settings.ngram_max):
             total = total ^ HASH_FACTORS[back] * F.pad(ids, (back, 0))[:len(ids)]
@@ -819,10 +839,12 @@ class GPT(nn.Module):
 
     def split_banks(self):
         """[(w_qkv, w_o, gate), ...] of the attentions and [(c_fc, c_proj), ...] of the MLPs, each cast to the
-        activations' dtype. unbind and split give each matrix's gradient its place in the bank's at once; a
-        loop over the bank compiles to a sum of one masked copy for each matrix."""
-        dim, dtype = self.settings.model_dim, self.settings.torch_dtype
-        num_attn, num_mlp = self.settings.layout.count("A"), self.settings.layout.count("M")
+        activations' dtype. Of unbind and split, the backward pass is one concatenation; a loop over the bank
+        would compile to a sum of bank-sized tensors, one for each matrix."""
+        dim = self.settings.model_dim
+        dtype = self.settings.torch_dtype
+        num_attn = self.settings.layout.count("A")
+        num_mlp = self.settings.layout.count("M")
         flat = self.attn_bank.flatten(0, 1)
         sizes = (3 * dim, dim) * num_attn
         attn = [w.to(dtype) for w in flat.split((*sizes, len(flat) - sum(sizes)))]
@@ -853,7 +875,7 @@ def init_weights(model: GPT, seed: int) -> None:
 #      which the backward pass completes first, is under way while the rest of the backward pass runs;
 #   2. step: it updates its slice of each parameter, as soon as its gradient has arrived;
 #   3. all_gather: the updated slices are gathered, so that all ranks hold the same parameters, bit for bit.
-# Tiny parameters are no slices: their gradients, end to end, take one all_reduce, and every rank updates all.
+# Tiny parameters are not sliced: their gradients, end to end, take one all_reduce; every rank updates all.
 
 # PyTorch 2.13 renamed both collectives, and warns about the old names, which are all that 2.11 has.
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -880,14 +902,20 @@ class ShardedParam:
 class ShardedOptimizer:
     """The three phases, for parameters that are updated by a rule each."""
     def __init__(self, params: dict[str, nn.Parameter], rows: dict[str, Row], rank: int, world_size: int):
-        """rows: name -> row. Raises KeyError for a parameter without a row. Muon's parameters come first: the
-        other gradients arrive while it works."""
+        """rows: name -> row. Raises KeyError for a parameter without a row. Muon's parameters come first,
+        since the other gradients arrive while it works, and the tiny ones last."""
         if missing := params.keys() - rows.keys():
             raise KeyError(f"declare_parameters has no row for {missing}")
-        self.rank, self.world_size = rank, world_size
+        self.rank = rank
+        self.world_size = world_size
         self.last_microbatch = False  # whether the backward pass under way completes the step's gradients
         self.sharded_params = []
-        for name, row in sorted(rows.items(), key=lambda item: not isinstance(item[1].rule, Muon)):
+
+        def order(item: tuple[str, Row]) -> tuple[bool, bool]:
+            row = item[1]
+            return row.tiny, not isinstance(row.rule, Muon)
+
+        for name, row in sorted(rows.items(), key=order):
             p = params[name]
             p_slice = p.data if row.tiny else p.data.chunk(world_size)[rank]
             state = row.rule.init_state(p_slice)
@@ -1072,7 +1100,8 @@ class Float8HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         scales = x.size(1) ** 0.5 / 448, 2.0**-9, 1 / 448
-        (x8, x8_t), (w8, w8_t) = cast_fp8(x, scales[0]), cast_fp8(weight, scales[1])
+        (x8, x8_t) = cast_fp8(x, scales[0])
+        (w8, w8_t) = cast_fp8(weight, scales[1])
         ctx.scales = x_scale, w_scale, _ = [torch.full((), scale, device=x.device) for scale in scales]
         logits = torch._scaled_mm(x8, w8.mT, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
         losses, log_sums = softcap_loss(logits, targets)
@@ -1097,11 +1126,14 @@ XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_st
 def XXT_kernel(x, base, out, rows, cols, alpha, beta, ADD: tl.constexpr, BLOCK: tl.constexpr,
                COLS: tl.constexpr):
     """One program per tile of alpha * x @ x.T + beta * base at or below the diagonal, and its mirror."""
-    i, j, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0)
+    j = tl.program_id(1)
+    matrix = tl.program_id(2).to(tl.int64)
     if i >= j:
         x += matrix * rows * cols
         out += matrix * rows * rows
-        row_i, row_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+        row_i = i * BLOCK + tl.arange(0, BLOCK)
+        row_j = j * BLOCK + tl.arange(0, BLOCK)
         product = tl.zeros((BLOCK, BLOCK), tl.float32)
         for first in range(0, cols, COLS):
             col = first + tl.arange(0, COLS)
@@ -1181,7 +1213,8 @@ class KernelTrial:
 
     def error(self, kernels: Kernels) -> tuple[Tensor, str]:
         """The largest relative error among the results, float32, (), with inf for nan; and its name."""
-        results, names = self.results(kernels), list(self.expected)
+        results = self.results(kernels)
+        names = list(self.expected)
         errors = [(results[name] - x.float()).norm() / x.float().norm() for name, x in self.expected.items()]
         errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
         return errors.max(), names[int(errors.argmax())]
@@ -1192,7 +1225,7 @@ class Candidate(NamedTuple):
     name: str
     fields: dict  # of Kernels
     tolerance: float  # of the relative error on KernelTrial
-    prepare: Callable = int  # is called before the trial
+    prepare: Callable = lambda: None  # is called before the trial
     advice: str = ""  # for the log if this is not taken
 
 FA3_ADVICE = ("; version 3 is faster on this GPU: python -m pip install flash-attn-3 --index-url "
@@ -1200,9 +1233,11 @@ FA3_ADVICE = ("; version 3 is faster on this GPU: python -m pip install flash-at
 
 def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]:
     """The fast kernels for a GPU; of a kind, the fastest first."""
-    found, bfloat16 = [], s.dtype == "bfloat16"
+    found = []
+    bfloat16 = s.dtype == "bfloat16"
     if bfloat16:  # FlashAttention has no float32, and tiles of float32 need more shared memory than there is
-        activate, restore = torch.nn.attention.activate_flash_attention_impl, restore_flash_attention_2
+        activate = torch.nn.attention.activate_flash_attention_impl
+        restore = restore_flash_attention_2
         flash = dict(attn_args=varlen_args, attention=flash_attention)
         if capability[0] == 9:
             found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3"),
@@ -1232,14 +1267,17 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
     candidates = list_candidates(torch.cuda.get_device_capability(device), s)
     trial = KernelTrial(device, s) if candidates else None
-    chosen, lines = Kernels(), []
+    chosen = Kernels()
+    lines = []
     for kind in ("attention", "head", "Newton-Schulz", "blocks"):
-        taken, rejected = "", []
+        taken = ""
+        rejected = []
         for candidate in candidates:
             if candidate.kind != kind or taken:
                 continue
             tried = chosen._replace(**candidate.fields)
-            error, where = torch.tensor(math.inf, device=device), ""
+            error = torch.tensor(math.inf, device=device)
+            where = ""
             try:
                 candidate.prepare()
                 error, where = trial.error(tried)
@@ -1266,7 +1304,8 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 # A shard is 256 little-endian int32 (magic, version, number of tokens, zeros), then the tokens as uint16.
 # Before step 0, plan_packing checks every token that the run needs, and finds where each microbatch begins.
 
-SHARD_KIND, HEADER_BYTES = [20240520, 1], 1024
+SHARD_KIND = [20240520, 1]
+HEADER_BYTES = 1024
 REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
 OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files"
 
@@ -1274,10 +1313,15 @@ class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
     def __init__(self, path: Path, s: Settings):
         """Raises UserError, with file, expected, found and remedy, if header or size are wrong."""
-        self.path, self.vocab_size, self.bos_id, self.checksum = path, s.vocab_size, s.bos_id, None
-        kind, count = np.fromfile(path, "<i4", count=2).tolist(), np.fromfile(path, "<i4", count=1, offset=8)
+        self.path = path
+        self.vocab_size = s.vocab_size
+        self.bos_id = s.bos_id
+        self.checksum = None
+        kind = np.fromfile(path, "<i4", count=2).tolist()
+        count = np.fromfile(path, "<i4", count=1, offset=8)
         self.expect(kind == SHARD_KIND and len(count), f"magic number and version {SHARD_KIND}", kind)
-        self.num_tokens, size = int(count[0]), path.stat().st_size
+        self.num_tokens = int(count[0])
+        size = path.stat().st_size
         expected = HEADER_BYTES + 2 * self.num_tokens
         self.expect(self.num_tokens > 0, "at least 1 token", self.num_tokens)
         self.expect(size == expected, f"{expected:,} bytes for {self.num_tokens:,} tokens", f"{size:,}")
@@ -1298,13 +1342,15 @@ class TokenShard:
     def document_starts(self) -> np.ndarray:
         """(documents,) int64: where each begins. Reads and checks every token."""
         tokens = self.read(0, self.num_tokens)
-        self.checksum, starts = zlib.crc32(tokens), np.flatnonzero(tokens == self.bos_id)
+        self.checksum = zlib.crc32(tokens)
+        starts = np.flatnonzero(tokens == self.bos_id)
         self.expect(len(starts), f"documents that open with BOS_ID={self.bos_id}", "no such token", OTHER_IDS)
         return starts
 
 def open_shards(s: Settings, name: str) -> list[TokenShard]:
     """The shards that the pattern in setting `name` matches, headers checked. Raises UserError."""
-    root, pattern = Path(s.data_path or HERE), getattr(s, name)
+    root = Path(s.data_path or HERE)
+    pattern = getattr(s, name)
     paths = find_files(root, pattern)
     if not paths:
         raise UserError(f"{name.upper()}: expected token shards at {root / pattern}, found none; correct it, "
@@ -1350,7 +1396,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     @varunneal). Raises UserError."""
     source = read_documents(shards, s.epochs)
     documents = []  # what came from the source
-    first_document, used = [0], 0
+    first_document = [0]
+    used = 0
     pending = np.empty(0, dtype=np.int64)  # sizes of the documents from first_document[-1] on
     for stage, steps in groupby(schedule[:-1], key=lambda step: step.stage):
         room = stage.batch_tokens // num_microbatches + 1
@@ -1395,7 +1442,8 @@ def describe_shortage(shards: list[TokenShard], s: Settings, steps: int) -> str:
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
-    needed, parts = s.val_tokens + 1, []
+    needed = s.val_tokens + 1
+    parts = []
     for shard in open_shards(s, "val_files"):
         parts.append(shard.read(0, min(needed - sum(map(len, parts)), shard.num_tokens)))
     tokens = np.concatenate(parts)
@@ -1440,7 +1488,8 @@ def train_batches(plan: PackingPlan, numbers, device: torch.device, rank: int = 
         """In the thread."""
         stage = plan.schedule[number // plan.num_microbatches].stage
         num_tokens = stage.batch_tokens // plan.num_microbatches
-        room, parts = num_tokens + 1, []
+        room = num_tokens + 1
+        parts = []
         for document in range(plan.first_document[number], plan.first_document[number + 1]):
             start = int(plan.start[document])
             length = min(int(plan.size[document]), stage.max_seq_len, room)
@@ -1470,7 +1519,8 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
     cuts = np.arange(0, s.val_tokens + 1, s.val_slice_tokens)
     starts = np.union1d(cuts, np.flatnonzero(tokens[:-1] == s.bos_id))
     places = np.searchsorted(starts, cuts)
-    most_starts, max_seqlen = int(np.diff(places).max()), int(np.diff(starts).max())
+    most_starts = int(np.diff(places).max())
+    max_seqlen = int(np.diff(starts).max())
     for n in range(rank, len(cuts) - 1, world_size):
         own = starts[places[n]:places[n + 1]] - cuts[n]
         yield n, make_batch(tokens[cuts[n]:cuts[n + 1] + 1], own, most_starts, max_seqlen).to(device)
@@ -1547,7 +1597,9 @@ def connect(device: torch.device, launched: Launcher) -> None:
 class Clock:
     """Training time in seconds: runs between start() and stop(), each of which waits for the device first."""
     def __init__(self, device: torch.device):
-        self.device, self.total, self.started = device, 0.0, None
+        self.device = device
+        self.total = 0.0
+        self.started = None
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -1558,7 +1610,8 @@ class Clock:
         self.started = self.now()
 
     def stop(self) -> None:
-        self.total, self.started = self.total + self.now() - self.started, None
+        self.total = self.total + self.now() - self.started
+        self.started = None
 
     def times(self, step: int) -> str:
         """Training time so far, for a log line. Does not wait for the device while the clock runs."""
@@ -1571,7 +1624,10 @@ class Log:
     terminal, steps move one live line; in a pipe each prints its line."""
     def __init__(self, s: Settings, rank: int):
         """Makes the run's folder. Raises OSError if it cannot."""
-        self.settings, self.file, self.bar, self.val_loss = s, None, None, math.nan
+        self.settings = s
+        self.file = None
+        self.bar = None
+        self.val_loss = math.nan
         if rank:
             return
         self.folder = Path(s.log_dir).resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
@@ -1592,7 +1648,9 @@ class Log:
                 sys.stdout.flush()
 
     def step(self, step: int, loss: float, clock: Clock) -> None:
-        steps, times, live = self.settings.num_iterations, clock.times(step), sys.stdout.isatty()
+        steps = self.settings.num_iterations
+        times = clock.times(step)
+        live = sys.stdout.isatty()
         self.write(f"step:{step}/{steps} {times} train_loss:{loss:.4f}", console=not live)
         if live and self.file is not None:
             if self.bar is None:
@@ -1608,7 +1666,8 @@ class Log:
 
     def result(self, step: int, val_loss: float, clock: Clock) -> None:
         """The final lines, for people and for programs."""
-        target, reached = self.settings.target_loss, val_loss <= self.settings.target_loss
+        target = self.settings.target_loss
+        reached = val_loss <= self.settings.target_loss
         self.write(f"target {'' if reached else 'not '}reached: validation loss {val_loss:.4f}, target "
                    f"{target:g}, at step {step}, after {clock.total:.1f} s of training",
                    f"target_reached:{int(reached)} target_loss:{target:g} val_loss:{val_loss:.4f} "
@@ -1639,8 +1698,10 @@ def checkpoint_hash(header: dict, payload: list) -> str:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write under another name, flush, then rename: the file is whole or absent. Raises OSError."""
     metadata = {name: text for name, text in metadata.items() if name != "sha256"}  # of a file that was read
-    names, offset = {dtype: name for name, dtype in DTYPES.items()}, 0
-    header, payload = dict(__metadata__=metadata), []
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    offset = 0
+    header = dict(__metadata__=metadata)
+    payload = []
     for name, x in tensors.items():
         payload.append(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
         span = [offset, offset + payload[-1].size]
@@ -1659,7 +1720,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file of write_safetensors. Raises UserError unless every byte is right."""
     try:
-        data, tensors = np.fromfile(path, dtype=np.uint8), {}
+        data = np.fromfile(path, dtype=np.uint8)
+        tensors = {}
         begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:begin].tobytes())
         expected = header["__metadata__"].pop("sha256")
@@ -1766,7 +1828,8 @@ def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
         theirs = [None] * dist.get_world_size()
         dist.all_gather_object(theirs, mine)
     if problem:
-        raise problem
+        alone = len({*theirs}) > 1
+        raise UserError(str(problem), exit_code=2, rank=dist.get_rank() if alone else None)
     if len({*theirs}) > 1:
         ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(theirs))
         raise UserError(f"RESUME: expected one checkpoint for all ranks, found {ranks}; LOG_DIR must be one "
@@ -1776,7 +1839,8 @@ def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
 def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
     """Load the checkpoint that RESUME means; returns the number of steps done. Called by all ranks. Raises
     UserError."""
-    found, problem = None, None
+    found = None
+    problem = None
     try:
         found = find_checkpoint(log, identity)
     except UserError as error:
@@ -1784,6 +1848,11 @@ def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Cl
     agree_on_checkpoint(found, problem)
     if found is None:
         return 0
+    expected = {name: list(row.shape) for name, row in model.rows.items()}
+    there = {name: list(found.tensors[name].shape) for name in expected if name in found.tensors}
+    if there != expected:  # of another train_gpt.py
+        raise UserError(f"RESUME: {found.path}: expected parameters {expected}, found {there}; take the "
+                        "train_gpt.py that wrote it.", exit_code=2)
     for sp in optimizer.sharded_params:
         num_rows = sp.row.shape[0]
         sp.param.data[:num_rows] = found.tensors[sp.name].to(sp.param.data)
@@ -1813,16 +1882,17 @@ class Status(NamedTuple):
         return loss, stops > 0, [flag > 0 for flag in flags]
 
 def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
-               stop: Callable[[], int] = int) -> Status:
-    """One optimizer step. The host need not wait for it."""
-    s, device = model.settings, model.scalars.device
+               stop: Callable[[], int] = lambda: 0) -> Status:
+    """One optimizer step. The host need not wait for it. stop: whether this rank asks to stop, not 0."""
+    s = model.settings
+    device = model.scalars.device
     num_microbatches = s.num_microbatches(optimizer.world_size)
     loss_sum = torch.zeros((), device=device)
     count = num_microbatches // optimizer.world_size
     for number in range(count):
         optimizer.last_microbatch = number == count - 1
         loss = model(*next(batches), step.stage) / num_microbatches
-        loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
+        loss.backward()  # summed over ranks: of the mean over the microbatches of their losses' sums
         loss_sum += loss.detach()
     optimizer.reduce_scatter()
     flags = optimizer.step(step)
@@ -1838,7 +1908,8 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
 def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_tokens: np.ndarray) -> int:
     """Untimed steps in every stage (and validation passes, if compiled), undone bit for bit. Returns how
     many. A stage's steps take its first batch."""
-    s, device = model.settings, model.scalars.device
+    s = model.settings
+    device = model.scalars.device
     if not s.warmup_steps:
         return 0
     states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
@@ -1859,6 +1930,7 @@ def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_toke
                 model(*val_batch, stage)
     last = plan.schedule[-1].stage
     if model.kernels.compiled and last not in stages:  # a stage that is only validated
+        model.enter_stage(last)
         with torch.no_grad():
             model(*val_batch, last)
     for x, saved in zip(tensors, before):
@@ -1880,7 +1952,8 @@ def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_s
 def catch_signals() -> Callable[[], int]:
     """Catch SIGTERM and Ctrl-C, so that the run can finish its step. The function returned gives the number
     of the signal, 0 for none; the death of torchrun counts as SIGHUP."""
-    received, parent = [], os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    received = []
+    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
 
@@ -1906,10 +1979,12 @@ def finish_step(status: Status, optimizer: ShardedOptimizer, log: Log, clock: Cl
     return stop
 
 def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
-          log: Log, clock: Clock, identity: dict, first_step: int) -> int:
+          log: Log, clock: Clock, identity: dict, first_step: int) -> tuple[int, Stage]:
     """The race: train and validate until the target or the last step; the clock stops during validation.
-    Returns the exit code. Raises UserError."""
-    s, rank, world_size = model.settings, optimizer.rank, optimizer.world_size
+    Returns the exit code and the stage at the end. Raises UserError."""
+    s = model.settings
+    rank = optimizer.rank
+    world_size = optimizer.world_size
     signal_number = catch_signals()
     stopping = False
     running = deque()  # the Status of each step that the host has not waited for
@@ -1920,6 +1995,7 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
     if world_size > 1:
         dist.barrier()  # the clock starts when the last rank is ready
     clock.start()
+    # The state after step.number steps is validated and saved, and only then is the step itself trained.
     for step in schedule[first_step:]:
         if step.stage is not stage:
             for entered in stages_between(schedule, stage, step.stage):
@@ -1948,10 +2024,10 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
         if first_step and step.number == first_step:
             log.write("finished: the checkpoint is of a run that has ended; no step was trained")
         log.result(step.number, val_loss, clock)
-        return 0
+        return 0, stage
     number = signal_number() or signal.SIGTERM  # another rank got the signal: say SIGTERM
     log.write(f"stopped by {signal.Signals(number).name} after step {step.number} of {s.num_iterations}")
-    return 128 + number
+    return 128 + number, stage
 
 def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> list[Stage]:
     """The stages after `left` (None: from the start) up to and with `entered`, in order."""
@@ -2000,9 +2076,12 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
 def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
-    begun, source, rule = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
+    begun = time.monotonic()
+    source = Path(__file__).read_text(encoding="utf-8")
+    separator = "=" * 100
     launched = read_launcher(os.environ)
-    rank, world_size = launched.rank, launched.world_size
+    rank = launched.rank
+    world_size = launched.world_size
     device, why_device = choose_device(s, launched)
     if launched.local_rank == 0:
         ensure_demo_data(s)  # the other ranks wait for this one in connect
@@ -2021,13 +2100,14 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         return 0
     log = Log(s, rank)
     try:
-        log.write(source, rule, *describe_environment(), rule, *settings, rule, console=False)
+        log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
         kernels, why_kernels = choose_kernels(device, s)
         log.write(*about, *why_kernels)
         model = GPT(s, kernels, world_size)
         init_weights(model, s.seed)
         model.to(device)
-        optimizer, clock = make_optimizer(model, rank, world_size), Clock(device)
+        optimizer = make_optimizer(model, rank, world_size)
+        clock = Clock(device)
         identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
@@ -2036,12 +2116,13 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         num_steps = warm_up(model, optimizer, plan, val_tokens)
         numbers = microbatches_of_rank(plan, first_step, rank, world_size)
         batches = train_batches(plan, numbers, device, rank)
-        ready, compiled = f"ready after {time.monotonic() - begun:.1f} s", graphs["unique_graphs"]
+        ready = f"ready after {time.monotonic() - begun:.1f} s"
+        compiled = graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
-        code = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
+        code, stage = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
             prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-            text = list(generate(model, schedule[-1].stage, prompt, s.sample_tokens))
+            text = list(generate(model, stage, prompt, s.sample_tokens))
             before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
             log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
         if kernels.compiled:
@@ -2057,7 +2138,9 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
 @torch.no_grad()
 def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
     """Yields up to `length` tokens that the model draws after `ids`, one by one, at a temperature of 0.8."""
-    s, device, generator = model.settings, model.scalars.device, torch.Generator().manual_seed(seed)
+    s = model.settings
+    device = model.scalars.device
+    generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
     for _ in range(length):
         inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]

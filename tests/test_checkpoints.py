@@ -431,6 +431,31 @@ def test_another_source_is_told_where_it_is_named_and_passed_over_by_auto(s, who
     assert last.endswith("starting anew")
 
 
+def test_a_checkpoint_of_another_source_with_other_parameters_is_one_sentence(s, whole):
+    newest = up_to(2, whole(), s.log_dir)
+    tensors, metadata = read_safetensors(newest)
+    del tensors["scalars"]
+    metadata["run"] = json.dumps(json.loads(metadata["run"]) | dict(source="another"))
+    write_safetensors(newest, tensors, metadata)
+    with pytest.raises(UserError, match="^RESUME: .*: expected parameters .*'scalars'.*, found [^\n]*$") as error:
+        choose(s, newest)
+    assert error.value.exit_code == 2
+
+
+def damaged_for_rank_1(rank):
+    """Rank 1 reads a checkpoint wrong."""
+    real = train_gpt.checkpoint_hash
+    if rank == 1:
+        train_gpt.checkpoint_hash = lambda *case: real(*case)[::-1]
+
+
+def test_what_one_rank_alone_finds_wrong_with_a_checkpoint_is_told_by_it(s, whole):
+    newest = up_to(2, whole(2), s.log_dir)
+    said = ran(replace(s, resume=str(newest)), damaged_for_rank_1, ranks=2, code=2)
+    assert f"\nrank 1: RESUME: {newest}: expected a whole checkpoint, found " in "\n" + said
+    assert "rank 0: step 2, SHA-256 " in said and "rank 1: an error" in said
+
+
 def test_auto_takes_the_highest_step_whatever_the_times_of_the_files(s, whole):
     newest = up_to(4, whole(), s.log_dir)
     os.utime(newest, (1, 1))

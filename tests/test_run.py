@@ -63,7 +63,7 @@ def race(monkeypatch, tmp_path):
         optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[]), Log(s, 0)
         model = SimpleNamespace(settings=s, enter_stage=lambda stage: None)
         schedule = train_gpt.make_schedule(s)
-        code = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)
+        code, _ = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)
         lines = (log.folder / "log.txt").read_text().splitlines()
         return SimpleNamespace(trained=trained, validated=validated, saved=saved, lines=lines, code=code)
 
