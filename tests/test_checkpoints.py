@@ -437,7 +437,8 @@ def test_a_checkpoint_of_another_source_with_other_parameters_is_one_sentence(s,
     del tensors["scalars"]
     metadata["run"] = json.dumps(json.loads(metadata["run"]) | dict(source="another"))
     write_safetensors(newest, tensors, metadata)
-    with pytest.raises(UserError, match="^RESUME: .*: expected parameters .*'scalars'.*, found [^\n]*$") as error:
+    sentence = "^RESUME: .*: expected parameters .*'scalars'.*, found [^\n]*$"
+    with pytest.raises(UserError, match=sentence) as error:
         choose(s, newest)
     assert error.value.exit_code == 2
 
