@@ -267,6 +267,8 @@ def find_contradictions(s: Settings) -> list[str]:
          "whole numbers of at least 2, separated by commas"),
         ("stage_starts", not starts or (starts[0] == 0 and list(starts) == sorted({*starts})),
          "nothing, or steps that begin with 0 and grow"),
+        ("stage_starts", not starts or starts[-1] <= s.num_iterations,
+         f"steps up to NUM_ITERATIONS={s.num_iterations}"),
         ("stage_starts", len(starts) in (0, count), f"one value for each of the {count} stages, or none"),
         *((name, len(getattr(s, name)) in (1, count), f"one value, or one for each of the {count} stages")
           for name in BY_STAGE if name != "stage_starts"),
@@ -481,7 +483,7 @@ class Adam(NamedTuple):
 class Row(NamedTuple):
     """A parameter, declared once: the model, its initial values and the optimizer read it here. A parameter
     with matrices is a bank: a stack of matrices of one shape."""
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # at least one axis; unless tiny, the first is padded to a multiple of the ranks
     rule: Muon | Adam
     init: Callable[[Tensor, torch.Generator], None]  # fills the float32 values, which are zero
     dtype: torch.dtype = torch.float32
@@ -1848,11 +1850,16 @@ def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Cl
     agree_on_checkpoint(found, problem)
     if found is None:
         return 0
-    expected = {name: list(row.shape) for name, row in model.rows.items()}
-    there = {name: list(found.tensors[name].shape) for name in expected if name in found.tensors}
-    if there != expected:  # of another train_gpt.py
-        raise UserError(f"RESUME: {found.path}: expected parameters {expected}, found {there}; take the "
-                        "train_gpt.py that wrote it.", exit_code=2)
+    expected = {sp.name: list(sp.row.shape) for sp in optimizer.sharded_params}
+    for sp in optimizer.sharded_params:
+        for key, x in sp.state.items():
+            expected[f"{key}.{sp.name}"] = [sp.row.shape[0], *x.shape[1:]]
+    there = {name: list(x.shape) for name, x in found.tensors.items()}
+    differing = [f"{name} {there.get(name)} (here {expected.get(name)})"
+                 for name in sorted(expected | there) if there.get(name) != expected.get(name)]
+    if differing:  # of another train_gpt.py
+        raise UserError(f"RESUME: {found.path}: expected this model's tensors, found {', '.join(differing)}; "
+                        "take the train_gpt.py that wrote it.", exit_code=2)
     for sp in optimizer.sharded_params:
         num_rows = sp.row.shape[0]
         sp.param.data[:num_rows] = found.tensors[sp.name].to(sp.param.data)
@@ -2067,9 +2074,13 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
         counts = {name: p.numel() for name, p in GPT(s, Kernels()).named_parameters()}
     lines = [f"device: {device.type} ({why_device})"]
     count = s.num_microbatches(world_size)
-    for batch_tokens in s.batch_tokens:
-        lines.append(f"batch: {world_size} ranks x {count // world_size} microbatches x "
-                     f"{batch_tokens // count:,} tokens = {batch_tokens:,} tokens/step")
+    shown = None
+    for stage in make_stages(s):
+        batch = (f"batch: {world_size} ranks x {count // world_size} microbatches x "
+                 f"{stage.batch_tokens // count:,} tokens = {stage.batch_tokens:,} tokens/step")
+        if batch != shown:
+            lines.append(batch + f", from step {stage.first_step} on" * (stage.first_step > 0))
+        shown = batch
     groups = " + ".join(f"{n:,} {name}" for name, n in counts.items())
     return [*lines, f"parameters: {sum(counts.values()):,} = {groups}"]
 
@@ -2120,11 +2131,8 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         compiled = graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
         code, stage = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
-        if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
-            prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-            text = list(generate(model, stage, prompt, s.sample_tokens))
-            before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
-            log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
+        if code == 0 and rank == 0:
+            write_sample(log, model, stage, val_tokens)
         if kernels.compiled:
             late = graphs["unique_graphs"] - compiled
             log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: {late} graphs")
@@ -2152,6 +2160,16 @@ def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 
             break
         ids.append(token)
         yield token
+
+def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray) -> None:
+    """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens."""
+    s = model.settings
+    if not s.sample_tokens or s.vocab_size != 257:
+        return
+    prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
+    text = list(generate(model, stage, prompt, s.sample_tokens))
+    before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
+    log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""

@@ -135,6 +135,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("STAGE_STARTS", "0,5", "one value for each of the 3 stages, or none"),
     ("STAGE_STARTS", "1,5,9", "steps that begin with 0 and grow"),
     ("STAGE_STARTS", "0,9,5", "steps that begin with 0 and grow"),
+    ("STAGE_STARTS", "0,9,5000", "steps up to NUM_ITERATIONS=1705"),
     ("STAGE_LR_FACTORS", "1,2", "one value, or one for each of the 3 stages"),
     ("COOLDOWN_FRAC", "45", "a number from 0 to 1"),
     ("FINAL_LR_FRAC", "1.5", "a number from 0 to 1"),
