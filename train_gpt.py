@@ -124,8 +124,8 @@ class Settings:
     ngram_rows: int = 0  # [rows] of the n-gram table, found by a hash of the last tokens; 0: no table
     ngram_dim: int = 64  # [channels] of the n-gram table, added to the embedding's first channels
     ngram_max: int = 2  # [tokens] of the longest n-gram; the last 2, 3, ... tokens have a row each
-    key_offset: bool = False  # [0 or 1] long windows: keys' non-rotary channels are of the token before
-    equal_qk_start: bool = False  # [0 or 1] with KEY_OFFSET: where it acts, q and k start equal there
+    key_offset: bool = False  # [0 or 1] long windows: keys take non-rotary channels from the token before
+    equal_qk_start: bool = False  # [0 or 1] with KEY_OFFSET: queries and keys start equal in these channels
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
@@ -178,10 +178,12 @@ def setting_text(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 def restore_settings(saved: dict) -> Settings:
-    """The settings from the JSON of a checkpoint. Raises KeyError for a setting that is missing there."""
+    """The settings from the JSON of a checkpoint, which lacks those that are free to change: they have their
+    defaults. For data/sample.py."""
     values = {}
     for f in fields(Settings):
-        values[f.name] = tuple(saved[f.name]) if isinstance(f.default, tuple) else saved[f.name]
+        if f.name in saved:
+            values[f.name] = tuple(saved[f.name]) if isinstance(f.default, tuple) else saved[f.name]
     return Settings(**values)
 
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
@@ -350,7 +352,7 @@ class Stage(NamedTuple):
     max_seq_len: int  # [tokens] at which a document is cut
     long_window: int  # [tokens]
     short_window: int  # [tokens]
-    lr_factor: float  # of every learning rate, before the cooldown
+    lr_factor: float  # of every learning rate; the cooldown leads from it to final_lr_frac
 
 class Step(NamedTuple):
     """What one step is told. The validation after n steps uses the stage of step n, which is about to run;
@@ -516,8 +518,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x.unflatten(-1, (2, -1))
     return (x * cos).addcmul_(x.flip(-2), sin).flatten(-2)
 
-# A norm keeps its result and the scale for the backward pass. The magnitude of its input has no effect, so
-# that the gradient has no part along the result.
+# A norm keeps its result and the scale for the backward pass. Scaling its input does not change it, so the
+# gradient has no part along the result.
 
 def scale_to_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x scaled to a mean square of 1 over the last axis, and the scale (..., 1); x: float32."""
@@ -546,7 +548,7 @@ class Norm(torch.autograd.Function):
 
 class RotaryNorm(torch.autograd.Function):
     """The norm of queries or keys, rotated; x: (T, H, K). A rotation leaves lengths as they are, so it may
-    come before the norm: then what is kept is the result, which attention keeps anyway."""
+    come before the norm: then only the result, which attention keeps anyway, is kept."""
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y, scale = scale_to_norm(apply_rotary(x.float(), cos, sin))
@@ -1403,8 +1405,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     pending = np.empty(0, dtype=np.int64)  # sizes of the documents from first_document[-1] on
     for stage, steps in groupby(schedule[:-1], key=lambda step: step.stage):
         room = stage.batch_tokens // num_microbatches + 1
-        ends = np.cumsum(np.minimum(pending, stage.max_seq_len))  # if all were concatenated
-        taken = 0  # documents of pending
+        ends = np.cumsum(np.minimum(pending, stage.max_seq_len))  # of pending documents, end to end
+        taken = 0  # pending documents that microbatches have
         for _ in range(len(list(steps)) * num_microbatches):
             while True:
                 begin = ends[taken - 1] if taken else 0
@@ -1766,10 +1768,15 @@ def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int
         metadata = dict(step=str(step), seconds=repr(seconds), run=json.dumps(identity))
         write_safetensors(path, tensors, metadata)
         log.write(f"checkpoint: {path}")
-        for old in sorted(log.folder.glob("step_*.safetensors"))[:-2]:
+        for old in sorted(log.folder.glob("step_*.safetensors"), key=step_and_folder)[:-2]:
             old.unlink(missing_ok=True)
     except OSError as error:  # the checkpoints that are there stay
         log.write(f"checkpoint: WARNING: {path} could not be written: {error}; training goes on")
+
+def step_and_folder(path: Path) -> tuple[int, str]:
+    """The order of checkpoints; folders are named after the time when the run began."""
+    number = path.stem.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1, path.parent.name
 
 class Found(NamedTuple):
     """A checkpoint to go on from."""
@@ -1786,7 +1793,7 @@ def find_checkpoint(log: Log, identity: dict) -> Found | None:
         return Found(Path(s.resume), *open_checkpoint(Path(s.resume), identity, log))
     problem = None
     folder = Path(s.log_dir).resolve()
-    for path in sorted(folder.glob("*/step_*.safetensors"), key=lambda path: path.name, reverse=True):
+    for path in sorted(folder.glob("*/step_*.safetensors"), key=step_and_folder, reverse=True):
         try:
             tensors, metadata = open_checkpoint(path, identity)
             if json.loads(metadata["run"])["source"] == identity["source"]:
@@ -1805,10 +1812,9 @@ def open_checkpoint(path: Path, identity: dict, log: Log | None = None):
     log, it is checked, and told there. Raises UserError."""
     tensors, metadata = read_safetensors(path)
     theirs = json.loads(metadata["run"])
-    if theirs.get("source") != identity["source"]:
-        if log is None:
-            return tensors, metadata
-        log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
+    other_source = theirs.get("source") != identity["source"]
+    if other_source and log is None:
+        return tensors, metadata
     changed = []
     for name in sorted((theirs | identity).keys() - {"source"}):
         if theirs.get(name) != identity.get(name):
@@ -1816,6 +1822,8 @@ def open_checkpoint(path: Path, identity: dict, log: Log | None = None):
     if changed:
         raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo the "
                         "change, or unset RESUME to start anew.")
+    if other_source:
+        log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
     return tensors, metadata
 
 def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
@@ -1899,7 +1907,7 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
     for number in range(count):
         optimizer.last_microbatch = number == count - 1
         loss = model(*next(batches), step.stage) / num_microbatches
-        loss.backward()  # summed over ranks: of the mean over the microbatches of their losses' sums
+        loss.backward()  # summed over ranks: the gradient of (sum of all tokens' losses) / num_microbatches
         loss_sum += loss.detach()
     optimizer.reduce_scatter()
     flags = optimizer.step(step)

@@ -253,7 +253,8 @@ def sampled(small, tmp_path, monkeypatch, capfd):
         torch.manual_seed(0)
         torch.nn.init.normal_(model.lm_head)
         tensors = {name: p.data for name, p in model.named_parameters()}
-        about = dict(step="2", run=json.dumps(asdict(s) | changes))
+        identity = {name: x for name, x in asdict(s).items() if name not in train_gpt.FREE_TO_CHANGE}
+        about = dict(step="2", run=json.dumps(identity | changes))
         train_gpt.write_safetensors(tmp_path / "step_000002.safetensors", tensors, about)
         monkeypatch.setattr(sys, "argv", ["sample.py", str(path), *arguments])
         return sample.main(), *capfd.readouterr()
