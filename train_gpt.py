@@ -2092,6 +2092,34 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
     groups = " + ".join(f"{n:,} {name}" for name, n in counts.items())
     return [*lines, f"parameters: {sum(counts.values()):,} = {groups}"]
 
+@torch.no_grad()
+def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
+    """Yields up to `length` tokens that the model draws after `ids`, one by one, at a temperature of 0.8."""
+    s = model.settings
+    device = model.scalars.device
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(ids)
+    for _ in range(length):
+        inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
+        cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
+        x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), stage)[-1]  # never the compiled version
+        logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
+        token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
+        if token == s.bos_id:  # the document ends
+            break
+        ids.append(token)
+        yield token
+
+def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray) -> None:
+    """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens."""
+    s = model.settings
+    if not s.sample_tokens or s.vocab_size != 257:
+        return
+    prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
+    text = list(generate(model, stage, prompt, s.sample_tokens))
+    before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
+    log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
+
 def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
@@ -2150,34 +2178,6 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     if world_size > 1:  # not after an error: a rank that failed must not wait for the others
         dist.destroy_process_group()
     return code
-
-@torch.no_grad()
-def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
-    """Yields up to `length` tokens that the model draws after `ids`, one by one, at a temperature of 0.8."""
-    s = model.settings
-    device = model.scalars.device
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(ids)
-    for _ in range(length):
-        inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
-        cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
-        x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), stage)[-1]  # never the compiled version
-        logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
-        token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
-        if token == s.bos_id:  # the document ends
-            break
-        ids.append(token)
-        yield token
-
-def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray) -> None:
-    """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens."""
-    s = model.settings
-    if not s.sample_tokens or s.vocab_size != 257:
-        return
-    prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
-    text = list(generate(model, stage, prompt, s.sample_tokens))
-    before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
-    log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
