@@ -170,6 +170,7 @@ PRESETS = {
         equal_qk_start=True,  # no published record
     ),
 }
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -210,18 +211,25 @@ ABOVE_0 = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "
 UP_TO_1 = {"cooldown_frac", "final_lr_frac"}
 BELOW_1 = {"muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2"}
 
-def range_problem(name: str, value) -> str:
-    """What is expected of a number that is out of range, or ''. NaN is out of every range."""
+def in_range(name: str, value: float) -> bool:
+    """Whether a number may be the value of a setting, or one of its values. NaN is out of every range."""
     if name in UP_TO_1:
-        return "" if 0 <= value <= 1 else "a number from 0 to 1"
+        return 0 <= value <= 1
     if name in BELOW_1:
-        return "" if 0 <= value < 1 else "a number from 0 to below 1"
-    least = int(name in ABOVE_0)
-    if isinstance(value, int):
-        return "" if least <= value < 2**31 else f"a whole number of at least {least}"
-    if least:
-        return "" if 0 < value < 2**31 else "a number above 0"
-    return "" if 0 <= value < 2**31 else "a number of at least 0"
+        return 0 <= value < 1
+    if name in ABOVE_0:
+        return 0 < value < 2**31
+    return 0 <= value < 2**31
+
+def describe_range(name: str, number: type) -> str:
+    """What a setting expects; number: int or float."""
+    if name in UP_TO_1:
+        return "a number from 0 to 1"
+    if name in BELOW_1:
+        return "a number from 0 to below 1"
+    if number is int:
+        return f"a whole number of at least {int(name in ABOVE_0)}"
+    return "a number above 0" if name in ABOVE_0 else "a number of at least 0"
 
 def parse_setting(name: str, kind: type, text: str):
     """The value that a setting has in the environment. Raises ValueError that says what is expected."""
@@ -241,11 +249,9 @@ def parse_setting(name: str, kind: type, text: str):
         try:
             value = number(part)
         except ValueError:
-            value = None
-        if value is None:
-            raise ValueError(range_problem(name, number(-1)))
-        if problem := range_problem(name, value):
-            raise ValueError(problem)
+            value = math.nan
+        if not in_range(name, value):
+            raise ValueError(describe_range(name, number))
         values.append(value)
     return tuple(values) if by_stage else values[0]
 
@@ -391,6 +397,16 @@ def make_schedule(s: Settings) -> list[Step]:
         stage = [stage for stage in stages if stage.first_step <= number][-1]
         steps.append(Step(number, stage, lr_factor(number, stage.lr_factor, s), muon_momentum(number, s)))
     return steps
+
+def stages_of(steps: list[Step]) -> list[Stage]:
+    """The stages of these steps, each once, in order."""
+    return list(dict.fromkeys(step.stage for step in steps))
+
+def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> list[Stage]:
+    """The stages after `left` (None: from the start) up to and with `entered`, in order."""
+    stages = stages_of(schedule)
+    first = 0 if left is None else stages.index(left) + 1
+    return stages[first:stages.index(entered) + 1]
 
 def lr_factor(number: int, factor: float, s: Settings) -> float:
     """The stage's factor, then linear down to final_lr_frac over the last cooldown_frac of the run."""
@@ -682,8 +698,8 @@ def parse_layout(s: Settings) -> list[Block]:
 
 class GPT(nn.Module):
     """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
-    all-gather for each bank. A parameter's rows, its first axis, are rounded up to a multiple of world_size:
-    each rank owns an equal share, and the rows added stay zero."""
+    all-gather for each bank. Unless a parameter is tiny, its first axis is rounded up to a multiple of
+    world_size: each rank owns an equal share, and what is added stays zero."""
     def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
         super().__init__()
         self.settings = s
@@ -767,7 +783,7 @@ class GPT(nn.Module):
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
         s = self.settings
         attn_args = {}
-        for window in (stage.long_window, stage.short_window):
+        for window in dict.fromkeys((stage.long_window, stage.short_window)):
             packing = cu_seqlens, len(inputs), window, max_seqlen, s.torch_dtype
             attn_args[window] = self.kernels.attn_args(*packing)
         x = x0 = norm(self.look_up_embed(inputs))
@@ -1375,8 +1391,6 @@ class PackingPlan(NamedTuple):
     def microbatches_of(self, stage: Stage) -> range:
         """The numbers of a stage's microbatches in the run."""
         steps = [step.number for step in self.schedule[:-1] if step.stage is stage]
-        if not steps:
-            return range(0)
         return range(steps[0] * self.num_microbatches, (steps[-1] + 1) * self.num_microbatches)
 
 def read_documents(shards: list[TokenShard], epochs: int):
@@ -1482,11 +1496,10 @@ def train_batches(plan: PackingPlan, numbers, device: torch.device, rank: int = 
     touches a GPU, assembles them five ahead. Raises UserError, with the rank, if a shard was cut while in
     use."""
     most_starts = {}  # stage -> the most documents in a microbatch
-    for step in plan.schedule[:-1]:
-        if step.stage not in most_starts:
-            microbatches = plan.microbatches_of(step.stage)
-            counts = np.diff(plan.first_document[microbatches.start:microbatches.stop + 1])
-            most_starts[step.stage] = int(counts.max())
+    for stage in stages_of(plan.schedule[:-1]):
+        microbatches = plan.microbatches_of(stage)
+        counts = np.diff(plan.first_document[microbatches.start:microbatches.stop + 1])
+        most_starts[stage] = int(counts.max())
 
     def assemble(number: int) -> Batch:
         """In the thread."""
@@ -1790,15 +1803,24 @@ def find_checkpoint(log: Log, identity: dict) -> Found | None:
     this race."""
     s = log.settings
     if s.resume != "auto":
-        return Found(Path(s.resume), *open_checkpoint(Path(s.resume), identity, log))
+        path = Path(s.resume)
+        tensors, metadata = read_safetensors(path)
+        theirs = json.loads(metadata["run"])
+        require_same_race(path, theirs, identity)
+        if theirs.get("source") != identity["source"]:
+            log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
+        return Found(path, tensors, metadata)
     problem = None
     folder = Path(s.log_dir).resolve()
     for path in sorted(folder.glob("*/step_*.safetensors"), key=step_and_folder, reverse=True):
         try:
-            tensors, metadata = open_checkpoint(path, identity)
-            if json.loads(metadata["run"])["source"] == identity["source"]:
-                return Found(path, tensors, metadata)
-            log.write(f"checkpoint: skipped: {path} is of another train_gpt.py")
+            tensors, metadata = read_safetensors(path)
+            theirs = json.loads(metadata["run"])
+            if theirs.get("source") != identity["source"]:
+                log.write(f"checkpoint: skipped: {path} is of another train_gpt.py")
+                continue
+            require_same_race(path, theirs, identity)
+            return Found(path, tensors, metadata)
         except UserError as error:
             log.write(f"checkpoint: skipped: {error}")
             problem = problem or error
@@ -1807,14 +1829,8 @@ def find_checkpoint(log: Log, identity: dict) -> Found | None:
     log.write(f"checkpoint: none in {folder} to go on from, starting anew")
     return None
 
-def open_checkpoint(path: Path, identity: dict, log: Log | None = None):
-    """(tensors, metadata) of a checkpoint of this race. One of another source is returned unchecked; with a
-    log, it is checked, and told there. Raises UserError."""
-    tensors, metadata = read_safetensors(path)
-    theirs = json.loads(metadata["run"])
-    other_source = theirs.get("source") != identity["source"]
-    if other_source and log is None:
-        return tensors, metadata
+def require_same_race(path: Path, theirs: dict, identity: dict) -> None:
+    """Raises UserError with the differences between two runs' identities, but for the source."""
     changed = []
     for name in sorted((theirs | identity).keys() - {"source"}):
         if theirs.get(name) != identity.get(name):
@@ -1822,9 +1838,6 @@ def open_checkpoint(path: Path, identity: dict, log: Log | None = None):
     if changed:
         raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo the "
                         "change, or unset RESUME to start anew.")
-    if other_source:
-        log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
-    return tensors, metadata
 
 def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
     """Compare what the ranks found. Raises UserError on all of them if it is not the same everywhere."""
@@ -1930,27 +1943,24 @@ def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_toke
     states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
     tensors = [*(p.data for p in model.parameters()), *model.buffers(), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # not in the GPU's memory
-    stages = list(dict.fromkeys(step.stage for step in plan.schedule[:-1]))
-    steps_of_stage = -(-s.warmup_steps // len(stages))
-    _, val_batch = next(validation_batches(val_tokens, s, 0, 1, device))
-    for stage in stages:
+    if model.kernels.compiled:
+        _, val_batch = next(validation_batches(val_tokens, s, 0, 1, device))
+    trained = stages_of(plan.schedule[:-1])  # the last stage may be one that is only validated
+    steps_of_stage = -(-s.warmup_steps // len(trained))
+    for stage in stages_of(plan.schedule):
         model.enter_stage(stage)
-        first = plan.microbatches_of(stage).start + optimizer.rank
-        batch = next(train_batches(plan, [first], device, optimizer.rank))
-        for number in range(steps_of_stage):
-            step = Step(number, stage, 1.0, s.muon_momentum_start)
-            train_step(model, optimizer, repeat(batch), step)
+        if stage in trained:
+            first = plan.microbatches_of(stage).start + optimizer.rank
+            batch = next(train_batches(plan, [first], device, optimizer.rank))
+            for number in range(steps_of_stage):
+                step = Step(number, stage, 1.0, s.muon_momentum_start)
+                train_step(model, optimizer, repeat(batch), step)
         if model.kernels.compiled:
             with torch.no_grad():
                 model(*val_batch, stage)
-    last = plan.schedule[-1].stage
-    if model.kernels.compiled and last not in stages:  # a stage that is only validated
-        model.enter_stage(last)
-        with torch.no_grad():
-            model(*val_batch, last)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
-    return steps_of_stage * len(stages)
+    return steps_of_stage * len(trained)
 
 @torch.no_grad()
 def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_size: int,
@@ -2044,12 +2054,6 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
     log.write(f"stopped by {signal.Signals(number).name} after step {step.number} of {s.num_iterations}")
     return 128 + number, stage
 
-def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> list[Stage]:
-    """The stages after `left` (None: from the start) up to and with `entered`, in order."""
-    stages = list(dict.fromkeys(step.stage for step in schedule))
-    first = 0 if left is None else stages.index(left) + 1
-    return stages[first:stages.index(entered) + 1]
-
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
 
@@ -2078,8 +2082,8 @@ def describe_environment() -> list[str]:
 
 def describe_run(s: Settings, device: torch.device, why_device: str, world_size: int) -> list[str]:
     """Device, batch and parameter counts, a line each."""
-    with torch.device("meta"):
-        counts = {name: p.numel() for name, p in GPT(s, Kernels()).named_parameters()}
+    rows = GPT.declare_parameters(s, Kernels())
+    counts = {name: math.prod(row.shape) for name, row in rows.items()}
     lines = [f"device: {device.type} ({why_device})"]
     count = s.num_microbatches(world_size)
     shown = None
