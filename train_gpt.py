@@ -907,7 +907,6 @@ class ShardedParam:
     name: str
     param: nn.Parameter
     row: Row
-    rule: Muon | Adam
     p_slice: Tensor  # this rank's slice of the parameter; all of it if it is tiny
     state: dict[str, Tensor]  # the rule's; the first axis is that of p_slice
     factors: Tensor | None  # of the learning rate, (n, 1, ...)
@@ -940,7 +939,7 @@ class ShardedOptimizer:
             p_slice = p.data if row.tiny else p.data.chunk(world_size)[rank]
             state = row.rule.init_state(p_slice)
             factors = self.slice_of_factors(row, p)
-            self.sharded_params.append(ShardedParam(name, p, row, row.rule, p_slice, state, factors))
+            self.sharded_params.append(ShardedParam(name, p, row, p_slice, state, factors))
 
     def slice_of_factors(self, row: Row, p: Tensor) -> Tensor | None:
         """Those of this rank's slice, float32; padding has 1."""
@@ -997,7 +996,7 @@ class ShardedOptimizer:
             sp.wait()
             flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
             grad = sp.grad_slice.to(sp.p_slice.dtype)
-            sp.rule.update(sp.p_slice, grad, sp.state, step, sp.factors)
+            sp.row.rule.update(sp.p_slice, grad, sp.state, step, sp.factors)
             sp.grad_slice = None
             if self.world_size > 1 and not sp.row.tiny:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)

@@ -76,7 +76,10 @@ def test_the_plain_loss_is_softcapped_in_float32_whatever_the_dtype():
 def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, columns, monkeypatch):
     """Every element of them is written. A GPU's tanh is off by 2^-11 at most: by 30 / 2^12 in a loss."""
     empty_pair, exactly = train_gpt.empty_pair, DEVICE == "cpu"
-    poisoned = lambda *case: [x.fill_(torch.nan) for x in empty_pair(*case)]  # noqa: E731
+
+    def poisoned(*case):
+        return [x.fill_(torch.nan) for x in empty_pair(*case)]
+
     monkeypatch.setattr(train_gpt, "empty_pair", poisoned)
     logits, targets = 15 * normal(rows, columns), torch.arange(rows) % columns
     logits[0] = torch.where(torch.arange(columns) % 2 == 0, 1e4, -1e4)  # far beyond the softcap

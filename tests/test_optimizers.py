@@ -299,7 +299,7 @@ def test_who_trains_what_at_which_rate_and_dtype():
     s = train_gpt.Settings()
     with torch.device("meta"):
         optimizer = train_gpt.make_optimizer(train_gpt.GPT(s, train_gpt.Kernels()), 0, 1)
-    found = {sp.name: (sp.rule, {x.dtype for x in sp.state.values()}) for sp in optimizer.sharded_params}
+    found = {sp.name: (sp.row.rule, {x.dtype for x in sp.state.values()}) for sp in optimizer.sharded_params}
     muon, single, half = train_gpt.Muon(0.05, torch.bfloat16), {torch.float32}, {torch.bfloat16}
 
     def adam(lr):

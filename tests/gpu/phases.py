@@ -160,7 +160,7 @@ def profile_step(step, path: Path | None) -> str:
 
 def time_variants(step, model, optimizer, s, rounds: int) -> dict[str, list[float]]:
     """variant -> ms of a step in each round; the variants alternate."""
-    fast, compiled, rules = model.kernels, model.hidden, [sp.rule for sp in optimizer.sharded_params]
+    fast, compiled, rows = model.kernels, model.hidden, [sp.row for sp in optimizer.sharded_params]
     fast_head = head_loss
     plain_head = train_gpt.softcapped_loss
     if s.torch_compile:
@@ -169,8 +169,8 @@ def time_variants(step, model, optimizer, s, rounds: int) -> dict[str, list[floa
     def use_fast():
         global head_loss
         head_loss, model.kernels, model.hidden = fast_head, fast, compiled
-        for sp, rule in zip(optimizer.sharded_params, rules):
-            sp.rule = rule
+        for sp, row in zip(optimizer.sharded_params, rows):
+            sp.row = row
 
     def use_plain_head():
         global head_loss
@@ -178,8 +178,8 @@ def time_variants(step, model, optimizer, s, rounds: int) -> dict[str, list[floa
 
     def use_plain_newton_schulz():
         for sp in optimizer.sharded_params:
-            if isinstance(sp.rule, train_gpt.Muon):
-                sp.rule = sp.rule._replace(XXT=train_gpt.XXT)
+            if isinstance(sp.row.rule, train_gpt.Muon):
+                sp.row = sp.row._replace(rule=sp.row.rule._replace(XXT=train_gpt.XXT))
 
     def use_uncompiled_blocks():
         model.hidden = MethodType(train_gpt.GPT.hidden, model)

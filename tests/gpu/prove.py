@@ -31,7 +31,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,11 +275,9 @@ def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: 
     """The named parts. data: a folder for the shards."""
     device = torch.device("cpu") if small else torch.device("cuda", 0)
     sizes, demo = SMALL if small else {}, train_gpt.PRESETS["demo"]
-    small_settings = {name.lower(): value for name, value in sizes.items()}
-    for name in ("batch_tokens", "max_seq_len"):
-        if name in small_settings:
-            small_settings[name] = (small_settings[name],)
-    s = replace(train_gpt.Settings(), **small_settings)
+    # BOS_ID: a run's own is set below, and must only fit the small vocabulary here
+    environ = {"PRESET": "speedrun", "BOS_ID": "0"} | {name: str(value) for name, value in sizes.items()}
+    s, *_ = train_gpt.read_settings(environ)
     given = {name: os.environ[name] for name in NAMES if name in os.environ}
     every = dict(PRESET="speedrun", TARGET_LOSS=0, VAL_LOSS_EVERY=0)
     shard = data / "synthetic.bin"
