@@ -2188,7 +2188,8 @@ def main(argv=None) -> int:
     for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
         presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.strip().split("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a GPT-2-sized model to a target loss. Every setting is an environment variable:",
         epilog="\n".join([inspect.getsource(Settings), *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     args = parser.parse_args(argv)

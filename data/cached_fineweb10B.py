@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Fetch FineWeb as GPT-2 tokens: the validation shard and the first N training shards of 100M tokens each.
 
     python data/cached_fineweb10B.py [N]

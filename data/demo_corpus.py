@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Build the demo's corpus from the source code of the standard library of the Python that runs this script.
 
     python data/demo_corpus.py FOLDER

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Print text that the model of a checkpoint writes.
 
     python data/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200

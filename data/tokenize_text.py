@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Make token shards from your own text.
 
     python -m pip install -r data/requirements.txt
