@@ -298,11 +298,24 @@ def find_contradictions(s: Settings) -> list[str]:
         found.append(problem)
     return found
 
-def read_settings(environ) -> tuple[Settings, list[str], str]:
-    """The settings, the names of those that the environment sets, and a line on the choice of the preset.
-    Raises UserError (exit code 2) with a sentence for every unknown preset, wrong value, near miss of a
-    setting's name, and contradiction."""
+def is_of_other_program(name: str, text: str) -> bool:
+    """Whether a variable that is nearly called like setting `name` is rather another program's: many
+    have such a folder (LOGDIR), or the setting cannot have the value (MODEL_DIR=/opt/model: MODEL_DIM)."""
+    if name in ("log_dir", "data_path"):
+        return True
+    default = getattr(Settings(), name, None)  # None: name is "preset"
+    if isinstance(default, str):
+        problems = find_contradictions(replace(Settings(), **{name: text}))
+        return any(problem.startswith(f"{name.upper()}:") for problem in problems)
+    is_number = isinstance(default, int | float | tuple) and not isinstance(default, bool)
+    return is_number and text[:1] not in "+-.0123456789"
+
+def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
+    """The settings, the names of those that the environment sets, and lines for the log: how the preset was
+    chosen, and warnings. Raises UserError (exit code 2) with a sentence for every unknown preset, wrong
+    value, near miss of a setting's name that is no other program's, and contradiction."""
     preset, why_preset = choose_preset(environ)
+    lines = [why_preset]
     kinds = {f.name.upper(): f.type for f in fields(Settings)}
     known = [*(name for name in kinds if len(name) >= 6), "PRESET"]  # shorter names resemble too many words
     values = dict(PRESETS.get(preset, {}))
@@ -313,7 +326,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
         upper = name.upper()
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
         if meant and name not in (*meant, "PRESET"):
-            problems.append(f"{name}: unknown setting; did you mean {meant[0]}? Otherwise unset {name}.")
+            near_miss = f"unknown setting; did you mean {meant[0]}?"
+            if is_of_other_program(meant[0].lower(), environ[name]):
+                lines.append(f"{name}: WARNING: {near_miss} Otherwise leave {name} as it is.")
+            else:
+                problems.append(f"{name}: {near_miss} Otherwise unset {name}.")
         if name not in kinds:
             continue
         try:
@@ -329,7 +346,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
         problems.append(f"PRESET: expected one of {', '.join(PRESETS)}, found {preset!r}.")
     if problems:
         raise UserError(*problems, exit_code=2)
-    return settings, overrides, why_preset
+    for own, other in (("train_files", "val_files"), ("val_files", "train_files")):
+        if own in overrides and other not in overrides:
+            lines.append(f"{own.upper()}: WARNING: set without {other.upper()}, which is "
+                         f"{getattr(settings, other)}: training and validation may be on different texts")
+    return settings, overrides, lines
 
 def find_files(root: Path, pattern: str) -> list[Path]:
     """Files that match, in name order; an absolute pattern stands for itself."""
@@ -1461,10 +1482,14 @@ def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
     needed = s.val_tokens + 1
     parts = []
+    missing = needed
     for shard in open_shards(s, "val_files"):
-        parts.append(shard.read(0, min(needed - sum(map(len, parts)), shard.num_tokens)))
+        if missing:
+            shard.document_starts()  # for its checks, as in training
+            parts.append(shard.read(0, min(missing, shard.num_tokens)))
+            missing -= len(parts[-1])
     tokens = np.concatenate(parts)
-    if len(tokens) < needed:
+    if missing:
         raise UserError(f"VAL_FILES: expected VAL_TOKENS + 1 = {needed:,} tokens, found {len(tokens):,}; "
                         "lower VAL_TOKENS or add shards.")
     return tokens
@@ -2123,7 +2148,7 @@ def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray) -> 
     before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
     log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
 
-def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
+def run(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
     begun = time.monotonic()
@@ -2144,7 +2169,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     val_tokens = read_validation(s)
     schedule = make_schedule(s)
     plan = plan_packing(open_shards(s, "train_files"), s, schedule, s.num_microbatches(world_size))
-    about = [why_preset, *describe_run(s, device, why_device, world_size), plan.summary]
+    about = [*notes, *describe_run(s, device, why_device, world_size), plan.summary]
     if dry_run:
         print("settings:", *("  " + setting for setting in settings), *about, sep="\n")
         return 0

@@ -66,8 +66,11 @@ def test_a_wrong_shard_is_one_sentence_with_file_expected_found_and_remedy(data,
     assert said_found not in said_expected.split(), "it found what it expected"
 
 
-def test_training_shards_without_a_document_are_one_sentence(data, tmp_path):
-    path = write_shard(tmp_path / "train_0.bin", [1, 2, 3])
+@pytest.mark.parametrize("file", ["train_0.bin", "val_0.bin", "val_00.bin"])
+def test_shards_of_another_vocabulary_without_a_document_are_one_sentence(data, tmp_path, file):
+    """Also a second validation shard of which the run needs few tokens."""
+    write_shard(tmp_path / "val_0.bin", [BOS] * (256 if file == "val_00.bin" else 257))
+    path = write_shard(tmp_path / file, [1, 2, 3] * 100)
     expected = f"{path}: expected documents that open with BOS_ID=49, found no such token; set PRESET, or VOC"
     assert complaint(data).startswith(expected)
 
