@@ -1346,8 +1346,52 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 
 SHARD_KIND = [20240520, 1]
 HEADER_BYTES = 1024
-REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
-OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files"
+REMAKE = ("make shards from text with python data/tokenize_text.py, fetch FineWeb's with "
+          "python data/cached_fineweb10B.py, or name other files")
+OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files, or name other files"
+PACKED = "a {} file (if shards are in it, unpack them)"
+FIRST_BYTES = {  # of files that are sometimes taken for shards
+    b"\x1f\x8b": PACKED.format("gzip"),
+    b"\x28\xb5\x2f\xfd": PACKED.format("zstd"),
+    b"BZh": PACKED.format("bzip2"),
+    b"\xfd7zXZ": PACKED.format("xz"),
+    b"PK\3\4": PACKED.format("zip"),
+    b"\x93NUMPY": "a NumPy file (.npy)",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x80\4\x95": "a pickle",
+    b"MMIDIDX": "an index of Megatron-LM",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+    (20240801).to_bytes(4, "little"): "a shard of llm.c for Llama 3, with ids of 32 bits",
+}
+
+def describe_file(path: Path) -> str:
+    """What a file that does not begin like a shard most likely is. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(8192)
+    for first_bytes, kind in FIRST_BYTES.items():
+        if head.startswith(first_bytes):
+            return kind
+    if head[8:10] == b'{"':
+        return "a checkpoint (safetensors)"
+    if not head:
+        return "an empty file"
+    if not any(head[:HEADER_BYTES]):
+        return "only zeros at its beginning, as where a download or a writer was stopped"
+    if not {*range(9)} & {*head} or head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # no control bytes, or UTF-16
+        return "text"
+    words = np.frombuffer(head[:len(head) // 8 * 8], "<u4")
+    if not len(words):
+        return f"{len(head)} bytes"
+    if words[0] == SHARD_KIND[0]:
+        return f"a shard of version {words[1]}"
+    if len(words) >= 256 and not words[16:256].any():
+        return f"a header of another kind, {words[:2].tolist()}"
+    for bits, most_ids in ((64, 2**18), (32, 2**18), (16, 50_304)):  # vocabularies that are common
+        ids = words.view(f"<u{bits // 8}")
+        if ids.max() < most_ids:
+            return f"token ids of {bits} bits without a header, as of nanoGPT and old versions of llm.c"
+    return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
 
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
@@ -1357,14 +1401,20 @@ class TokenShard:
         self.vocab_size = s.vocab_size
         self.bos_id = s.bos_id
         self.checksum = None
-        kind = np.fromfile(path, "<i4", count=2).tolist()
-        count = np.fromfile(path, "<i4", count=1, offset=8)
-        self.expect(kind == SHARD_KIND and len(count), f"magic number and version {SHARD_KIND}", kind)
-        self.num_tokens = int(count[0])
+        header = np.fromfile(path, "<i4", count=256).tolist()
+        if header[:2] != SHARD_KIND:
+            self.expect(False, f"a token shard, which begins with {SHARD_KIND}", describe_file(path))
+        self.expect(len(header) == 256, f"a header of {HEADER_BYTES:,} bytes", f"{4 * len(header):,}")
+        self.num_tokens = header[2]
         size = path.stat().st_size
         expected = HEADER_BYTES + 2 * self.num_tokens
         self.expect(self.num_tokens > 0, "at least 1 token", self.num_tokens)
-        self.expect(size == expected, f"{expected:,} bytes for {self.num_tokens:,} tokens", f"{size:,}")
+        found = f"{size:,}"
+        if size == HEADER_BYTES + 4 * self.num_tokens:
+            found += ", as for ids of 32 bits"
+        elif size < expected:
+            found += ", as of a file that was cut"
+        self.expect(size == expected, f"{expected:,} bytes for {self.num_tokens:,} tokens", found)
 
     def expect(self, ok: bool, expected: str, found, remedy: str = REMAKE) -> None:
         if not ok:

@@ -15,7 +15,7 @@ bytes), since training takes no more of one. --split-at TEXT also cuts wherever 
 and leaves out TEXT and the line ends around it. Tokens are GPT-2's, or bytes if tiktoken or its vocabulary is
 missing. The first of every --val-every documents goes to validation. Any --workers gives the same bytes.
 FOLDER gets its shards when all are complete, and the command that trains on them in command.sh. A run that
-fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-*: delete it.
+fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-* of no use.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """Shards, the packing of documents into training batches, the loader's thread, and validation."""
 
+import gzip
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -36,34 +38,60 @@ def complaint(s):
 
 
 GOOD, NO_BRACKETS = [BOS, 1, 2, 3], str.maketrans("", "", "[]")
-MAGIC = "magic number and version [20240520, 1]"
+SHARD = "a token shard, which begins with [20240520, 1]"
+HEADERLESS = "token ids of {} bits without a header, as of nanoGPT and old versions of llm.c"
+IDS = np.arange(1000) * 37 % 50_257
 WRONG = {  # how a shard's bytes are got from a good one's; what the message says was expected, and found
-    "empty file": (lambda good: b"", MAGIC, "[]"),
-    "header cut": (lambda good: good[:500], "1,032 bytes", "500"),
-    "wrong magic": (lambda good: b"x" + good[1:], MAGIC, "[20240504, 1]"),
-    "wrong version": (lambda good: good[:4] + b"\2" + good[5:], MAGIC, "[20240520, 2]"),
-    "count too large": (lambda good: good[:8] + b"\5" + good[9:], "1,034 bytes for 5 tokens", "1,032"),
+    "empty file": (lambda good: b"", SHARD, "an empty file"),
+    "header cut": (lambda good: good[:500], "a header of 1,024 bytes", "500"),
+    "wrong magic": (lambda good: b"x" + good[1:], SHARD, "a header of another kind, [20240504, 1]"),
+    "wrong version": (lambda good: good[:4] + b"\2" + good[5:], SHARD, "a shard of version 2"),
+    "count too large": (lambda good: good[:8] + b"\5" + good[9:], "1,034 bytes for 5 tokens",
+                        "1,032, as of a file that was cut"),
     "count too small": (lambda good: good[:8] + b"\3" + good[9:], "1,030 bytes for 3 tokens", "1,032"),
-    "a token lost": (lambda good: good[:-2], "1,032 bytes", "1,030"),
+    "a token lost": (lambda good: good[:-2], "1,032 bytes", "1,030, as of a file that was cut"),
     "odd byte count": (lambda good: good + b"\0", "1,032 bytes", "1,033"),
     "no tokens": (lambda good: good[:8] + b"\0" + good[9:1024], "1 token", "0"),
     "id out of range": (lambda good: good[:-2] + b"\x32\0", "ids below VOCAB_SIZE=50", "50 at token 3"),
+    # files of another kind
+    "32 bits": (lambda good: good + b"\0" * 8, "1,032 bytes", "1,040, as for ids of 32 bits"),
+    "Llama 3": (lambda good: (20240801).to_bytes(4, "little") + good[4:], SHARD,
+                "a shard of llm.c for Llama 3, with ids of 32 bits"),
+    "16 bits": (lambda good: IDS.astype("<u2").tobytes(), SHARD, HEADERLESS.format(16)),
+    "few ids": (lambda good: (IDS % 65).astype("<u2").tobytes(), SHARD, HEADERLESS.format(16)),
+    "headerless 32": (lambda good: IDS.astype("<u4").tobytes(), SHARD, HEADERLESS.format(32)),
+    "headerless 64": (lambda good: IDS.astype("<i8").tobytes(), SHARD, HEADERLESS.format(64)),
+    "npy": (lambda good: b"\x93NUMPY\1\0" + good, SHARD, "a NumPy file (.npy)"),
+    "gzip": (lambda good: gzip.compress(good), SHARD, "a gzip file (if shards are in it, unpack them)"),
+    "magic alone": (lambda good: good[:4], SHARD, "4 bytes"),
+    "text": (lambda good: "Größe\n".encode(), SHARD, "text"),
+    "UTF-16": (lambda good: "Text\n".encode("utf-16"), SHARD, "text"),
+    "LFS": (lambda good: b"version https://git-lfs.github.com/spec/v1\n", SHARD,
+            "a pointer of Git LFS (git lfs pull fetches the file)"),
+    "zeros": (lambda good: b"\0" * 1024 + good[1024:], SHARD,
+              "only zeros at its beginning, as where a download or a writer was stopped"),
+    "noise": (lambda good: bytes(range(255))[::-1] * 4, SHARD,
+              "a file of another kind, which begins with the bytes fe fd fc fb fa f9 f8 f7"),
 }
 
 
 @pytest.mark.parametrize("file", ["train_0.bin", "val_0.bin"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_shard_is_one_sentence_with_file_expected_found_and_remedy(data, tmp_path, wrong, file):
+    """It never says that the file, which may be the only copy, is of no use."""
     spoil, expected, found = WRONG[wrong]
     path = write_shard(tmp_path / file, GOOD)
     path.write_bytes(spoil(path.read_bytes()))
     text, remedy = complaint(data).split("; ", 1)
-    foreign = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files."
-    assert remedy == foreign if "VOCAB" in expected else remedy.startswith("delete it and make it again (")
     assert text.startswith(f"{path}: expected ")
     said_expected, said_found = text.split(": expected ", 1)[1].split(", found ")
     assert expected in said_expected and said_found.translate(NO_BRACKETS) == found.translate(NO_BRACKETS)
     assert said_found not in said_expected.split(), "it found what it expected"
+    if "VOCAB" in expected:
+        assert remedy.startswith("set PRESET, or VOCAB_SIZE and BOS_ID, to match these files")
+    else:
+        assert "python data/tokenize_text.py" in remedy
+    assert remedy.endswith("or name other files.") and not re.search("delete|remove", remedy)
 
 
 @pytest.mark.parametrize("file", ["train_0.bin", "val_0.bin", "val_00.bin"])
