@@ -1500,7 +1500,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
                 more = next(source, None)
                 if more is None:
                     steps_done = (len(first_document) - 1) // num_microbatches
-                    raise UserError(describe_shortage(shards, s, steps_done))
+                    usable = find_usable(shards, documents, schedule, num_microbatches)
+                    raise UserError(describe_shortage(shards, s, steps_done, usable, schedule))
                 documents.append(more)
                 pending = np.concatenate((pending[taken:], more[2]))
                 ends = np.cumsum(np.minimum(pending, stage.max_seq_len))
@@ -1514,19 +1515,71 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     passes = math.ceil(len(documents) / len(shards))
     summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {passes} passes, uses {used:,} "
                f"({used / read:.1%}) and drops the ends of cut documents")
+    if problem := describe_long_documents(s, find_usable(shards, documents, schedule, num_microbatches)):
+        summary += f"\ndata: WARNING: {problem}"
     return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
                        summary)
 
 def describe_shards(shards: list[TokenShard]) -> str:
     return f"{sum(shard.num_tokens for shard in shards):,} tokens in {len(shards)} shards"
 
-def describe_shortage(shards: list[TokenShard], s: Settings, steps: int) -> str:
+class Usable(NamedTuple):
+    """What a pass over the shards that were read can give."""
+    tokens: int  # all that are there
+    cuts: dict[Stage, int]  # stage -> the most tokens that a microbatch takes of a document
+    usable: dict[Stage, int]  # stage -> tokens within these
+    passes: int  # that are enough for the run
+
+def find_usable(shards: list[TokenShard], documents: list[np.ndarray], schedule: list[Step],
+                num_microbatches: int) -> Usable:
+    """documents: of each shard of each pass, as far as they were read."""
+    first_pass = documents[:len(shards)]
+    sizes = np.concatenate([x[2] for x in first_pass])
+    cuts = {}
+    usable = {}
+    passes = 0.0
+    for stage in stages_of(schedule[:-1]):
+        room = stage.batch_tokens // num_microbatches + 1
+        cuts[stage] = min(stage.max_seq_len, room)
+        usable[stage] = int(np.minimum(sizes, cuts[stage]).sum())
+        microbatches = num_microbatches * sum(step.stage is stage for step in schedule[:-1])
+        # a microbatch drops at most the rest of its last document
+        passes += microbatches * (room + cuts[stage] - 1) / usable[stage]
+    passes += len({*cuts.values()}) - 1  # the parts of a pass before and after another cut may be unequal
+    tokens = sum(shard.num_tokens for shard in shards[:len(first_pass)])
+    return Usable(tokens, cuts, usable, math.ceil(passes))
+
+def describe_long_documents(s: Settings, found: Usable) -> str:
+    """What is to be said if most tokens lie behind the ends of cut documents; '' if not."""
+    stage = max(found.cuts, key=found.cuts.get)
+    cut = found.cuts[stage]
+    usable = found.usable[stage]
+    if usable >= found.tokens / 2:
+        return ""
+    text = (f"only {usable:,} of {found.tokens:,} tokens can be used ({usable / found.tokens:.1%}), the same "
+            f"ones in every pass, since a run uses at most {cut:,} tokens of a document, from "
+            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does")
+    if cut >= (641 if s.vocab_size == 257 else 2048):  # where it cuts them
+        return text
+    return text + (", and raise MAX_SEQ_LEN" if cut == stage.max_seq_len
+                   else ", and raise BATCH_TOKENS or lower MICROBATCHES")
+
+def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, found: Usable,
+                      schedule: list[Step]) -> str:
     """A sentence for shards that are enough for `steps` steps only."""
-    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
-    return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+    text = (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
             f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, enough for "
-            f"{steps} steps; raise EPOCHS or add shards ({needed} in all; "
-            "python data/cached_fineweb10B.py N).")
+            f"{steps} steps; ")
+    if problem := describe_long_documents(s, found):
+        return f"{text}{problem}."
+    stage = schedule[0].stage
+    more = "add text (python data/tokenize_text.py)"
+    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
+    if "fineweb" in s.train_files and needed <= 103:  # as many as there are
+        more = f"add shards ({needed} in all; python data/cached_fineweb10B.py {needed})"
+    if found.usable[stage] < stage.batch_tokens:
+        return f"{text}{more}: a pass gives {found.usable[stage]:,} tokens, which every step would repeat."
+    return f"{text}raise EPOCHS to {found.passes} or {more}."
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""

@@ -131,11 +131,65 @@ def test_a_run_that_is_not_fed_ends_before_step_0_with_the_numbers(data, tmp_pat
     assert (code, shown) == (1, "") and not (tmp_path / "logs").exists()
     assert said == (
         "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, found 1,200 tokens in 1 "
-        "shards, enough for 1 steps; raise EPOCHS or add shards (6 in all; python data/cached_fineweb10B.py "
-        "N).\n"
+        "shards, enough for 1 steps; raise EPOCHS to 5 or add text (python data/tokenize_text.py).\n"
     )
-    for changes in (dict(num_iterations=1), dict(epochs=4)):
+    for changes in (dict(num_iterations=1), dict(epochs=5)):
         read_data(replace(data, **changes))
+
+
+def test_for_fineweb_the_advice_is_as_many_shards_as_there_are(data, tmp_path):
+    write_shard(tmp_path / "fineweb_0.bin", [BOS, *[1] * 39] * 30)
+    data = replace(data, train_files=str(tmp_path / "fineweb*"))
+    assert complaint(data).endswith("or add shards (6 in all; python data/cached_fineweb10B.py 6).")
+    assert "cached_fineweb10B" not in complaint(replace(data, num_iterations=104))
+
+
+stages = st.lists(st.tuples(st.sampled_from([128, 256, 384]), st.integers(1, 60)), min_size=1, max_size=3)
+
+
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.integers(1, 70), min_size=10, max_size=60), stages, st.integers(1, 30))
+def test_as_many_epochs_as_a_run_that_is_not_fed_advises_are_enough(lengths, stages, steps):
+    with TemporaryDirectory() as folder:
+        batch_tokens, longest = zip(*stages)
+        s = replace(Corpus(folder, [lengths], 16, 30).s, num_iterations=steps, window_schedule=(2,))
+        s = replace(s, batch_tokens=batch_tokens, max_seq_len=longest)
+        shards, schedule = train_gpt.open_shards(s, "train_files"), train_gpt.make_schedule(s)
+        try:
+            train_gpt.plan_packing(shards, s, schedule, 8)
+        except UserError as error:
+            advised = re.search("raise EPOCHS to ([0-9]+) ", str(error))
+            assume(advised)
+            train_gpt.plan_packing(shards, replace(s, epochs=int(advised[1])), schedule, 8)
+
+
+@pytest.mark.parametrize("lengths", [[100_000], [5000] * 5, [2] * 30 + [100_000]])
+def test_long_documents_are_told_with_what_can_be_used_of_them_and_passes_are_no_advice(tmp_path, lengths):
+    """Where passes are set, which take the same tokens again and again, it is a warning."""
+    usable = sum(min(length, 30) for length in lengths)
+    expected = (f"only {usable:,} of {sum(lengths):,} tokens can be used ({usable / sum(lengths):.1%}), "
+                "the same ones in every pass, since a run uses at most 30 tokens of a document, from "
+                "BOS_ID=49 on; cut long documents, as python data/tokenize_text.py does, and raise MAX_SEQ_LEN")
+    with pytest.raises(UserError, match="enough for 0 steps;") as error:
+        Corpus(tmp_path, [lengths], microbatch_tokens=40, longest=30).plan(2)
+    assert str(error.value).endswith(f"; {expected}.")
+    plan = Corpus(tmp_path, [lengths], microbatch_tokens=40, longest=30, epochs=100).plan(2)
+    assert plan.summary.splitlines()[1] == f"data: WARNING: {expected}"
+
+
+@pytest.mark.parametrize("changes, advice", [
+    (dict(microbatch_tokens=4000, longest=2048), "does"),
+    (dict(microbatch_tokens=4000, longest=1024), "does, and raise MAX_SEQ_LEN"),
+    (dict(microbatch_tokens=400, longest=2048), "does, and raise BATCH_TOKENS or lower MICROBATCHES"),
+])
+def test_advice_for_long_documents_says_what_the_tokenizers_ones_need(tmp_path, changes, advice):
+    plan = Corpus(tmp_path, [[100_000]], epochs=99, **changes).plan(1)
+    assert plan.summary.endswith(f"as python data/tokenize_text.py {advice}")
+
+
+def test_text_for_less_than_a_step_is_told_without_advice_to_repeat_it(tmp_path):
+    with pytest.raises(UserError, match="a pass gives 60 tokens, which every step would repeat.$"):
+        Corpus(tmp_path, [[20] * 3], microbatch_tokens=40, longest=30).plan(2)
 
 
 def test_too_few_validation_tokens_are_counted_over_all_shards(data, tmp_path):
