@@ -2101,13 +2101,19 @@ def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_s
         dist.all_reduce(losses)
     return losses.double().mean().item()
 
+# What a scheduler, a terminal that closes or a person sends to stop a run, or to warn it of its end. SIGQUIT
+# still ends a run at once.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 def catch_signals() -> Callable[[], int]:
-    """Catch SIGTERM and Ctrl-C, so that the run can finish its step. The function returned gives the number
-    of the signal, 0 for none; the death of torchrun counts as SIGHUP."""
+    """Catch these signals, so that the run can finish its step, but for those that the process was started to
+    ignore, as by nohup. The function returned gives the number of the signal, 0 for none; the death of
+    torchrun counts as SIGHUP."""
     received = []
     parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
 
     def signal_number() -> int:
         orphaned = parent is not None and os.getppid() != parent

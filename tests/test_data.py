@@ -169,7 +169,8 @@ def test_long_documents_are_told_with_what_can_be_used_of_them_and_passes_are_no
     usable = sum(min(length, 30) for length in lengths)
     expected = (f"only {usable:,} of {sum(lengths):,} tokens can be used ({usable / sum(lengths):.1%}), "
                 "the same ones in every pass, since a run uses at most 30 tokens of a document, from "
-                "BOS_ID=49 on; cut long documents, as python data/tokenize_text.py does, and raise MAX_SEQ_LEN")
+                "BOS_ID=49 on; cut long documents, as python data/tokenize_text.py does, and raise "
+                "MAX_SEQ_LEN")
     with pytest.raises(UserError, match="enough for 0 steps;") as error:
         Corpus(tmp_path, [lengths], microbatch_tokens=40, longest=30).plan(2)
     assert str(error.value).endswith(f"; {expected}.")

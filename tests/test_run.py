@@ -39,7 +39,7 @@ def logs(s):
 @pytest.fixture
 def race(monkeypatch, tmp_path):
     """race(losses of validations): steps trained, validated and saved after, the log's lines, exit code."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [(number, signal.getsignal(number)) for number in train_gpt.STOP_SIGNALS]
 
     def race(losses, **changes):
         values = dict(log_dir=str(tmp_path), num_iterations=10, val_loss_every=4, device="cpu") | changes
