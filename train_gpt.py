@@ -24,6 +24,7 @@ import gc
 import glob
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, islice, repeat
 from pathlib import Path
@@ -1763,6 +1765,45 @@ class Clock:
         milliseconds = 1000 * (self.total + running)
         return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms"
 
+class Console(io.FileIO):
+    """The file under stdout or stderr. The log is the record, so what this one does not take is dropped."""
+    problems = []  # of both, which nobody has been told yet
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)  # None: a pipe that does not block is full
+        except OSError as error:
+            if not hasattr(self, "error"):
+                self.problems.append(f"{self.label} could not be written: {error}")
+            self.error = error
+            return len(data)
+
+def open_console(stream, label: str, errors: str):
+    """A stream that writes where stdout or stderr does, and never fails."""
+    if stream is None:  # the process was started without one
+        return open(os.devnull, "w")
+    try:
+        console = Console(stream.fileno(), "w", closefd=False)
+    except OSError:  # no file, as in a notebook
+        return stream
+    console.label = label
+    return io.TextIOWrapper(io.BufferedWriter(console), stream.encoding, errors, line_buffering=True)
+
+@contextmanager
+def best_effort_console():
+    """What is printed in here may fail: a disk is full, the reader of a pipe has gone, a terminal was closed,
+    an encoding lacks a character. Nothing is left for Python to write when it ends."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout = open_console(sys.stdout, "stdout", "replace")
+    sys.stderr = open_console(sys.stderr, "stderr", "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        while Console.problems:
+            print(Console.problems.pop(), file=sys.stderr, flush=True)
+        sys.stdout, sys.stderr = streams
+
 class Log:
     """Output of rank 0: every line goes to LOG_DIR/RUN/log.txt and the console; other ranks are silent. On a
     terminal, steps move one live line; in a pipe each prints its line."""
@@ -1783,13 +1824,20 @@ class Log:
         if self.file is None:
             return
         for line in lines:
-            try:
-                print(line, file=self.file, flush=True)
-            except OSError as error:  # a full disk does not stop training
-                print(f"{self.folder}: a line of the log could not be written: {error}", file=sys.stderr)
+            self.write_to_file(line)
             if console:
                 tqdm.write(line, file=sys.stdout)  # above the live line, if there is one
                 sys.stdout.flush()
+        while Console.problems:
+            line = f"WARNING: {Console.problems.pop()}; the run goes on, and its log is {self.file.name}"
+            self.write_to_file(line)
+            print(line, file=sys.stderr, flush=True)
+
+    def write_to_file(self, line: str) -> None:
+        try:
+            print(line, file=self.file, flush=True)
+        except OSError as error:  # a full disk does not stop training
+            print(f"{self.folder}: a line of the log could not be written: {error}", file=sys.stderr)
 
     def step(self, step: int, loss: float, clock: Clock) -> None:
         steps = self.settings.num_iterations
@@ -2190,13 +2238,16 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
 
+UTF8 = dict(encoding="utf-8", errors="replace")  # how what other programs print is read, in every locale
+
 def ensure_demo_data(s: Settings) -> None:
     """Build the demo's shards if its own patterns find none. Raises UserError if that fails."""
     root = Path(s.data_path or HERE)
     own = [pattern for pattern in (s.train_files, s.val_files) if pattern.startswith(DEMO_DATA)]
     if not all(find_files(root, pattern) for pattern in own):
         command = [sys.executable, HERE / "data" / "demo_corpus.py", root / DEMO_DATA]
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, **UTF8)
+        print(done.stdout, end="", file=sys.stderr)
         if done.returncode:
             raise UserError(done.stderr.strip().split("\n")[-1])
 
@@ -2207,7 +2258,7 @@ def describe_environment() -> list[str]:
              f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"]
     for command in ("git rev-parse HEAD", "git status --short --untracked-files=no", "nvidia-smi"):
         try:
-            output = subprocess.run(command.split(), cwd=HERE, capture_output=True, text=True).stdout.strip()
+            output = subprocess.run(command.split(), cwd=HERE, capture_output=True, **UTF8).stdout.strip()
         except OSError:
             output = "not found"
         lines.append(f"{command}: {output}")
@@ -2316,6 +2367,7 @@ def run(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -> i
         dist.destroy_process_group()
     return code
 
+@best_effort_console()
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
     presets = []
@@ -2333,9 +2385,6 @@ def main(argv=None) -> int:
         print("MICROBATCHES: expected a step to fit in the GPU's memory; set MICROBATCHES=16 or more, or, in "
               f"validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `train_gpt.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         rank = getattr(error, "rank", None)
         if rank is not None or os.environ.get("LOCAL_RANK", "0") == "0":  # what every rank finds is told once
