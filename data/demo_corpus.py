@@ -17,7 +17,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from shards import DataError, byte_document, new_corpus
+from shards import DataError, best_effort_console, byte_document, new_corpus
 
 # Every 16th module of CPython 3.11.7; another Python may lack some. The list is the same for all of them, so
 # that their losses compare.
@@ -64,6 +64,7 @@ def standard_library(root: Path) -> tuple[list[bytes], list[bytes]]:
             (validation if module.as_posix() in HELD_OUT else training).append(source)
     return training, validation
 
+@best_effort_console()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the shards")

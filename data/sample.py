@@ -55,6 +55,7 @@ def get_tokenizer(vocab_size: int):
                         ) from None
 
 
+@train_gpt.best_effort_console()
 def main() -> int:
     """Returns the exit code: 0, 1 after one sentence on stderr, 130 if Ctrl-C ended the text."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])

@@ -39,7 +39,7 @@ import fsspec
 import numpy as np
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
-from shards import BYTES_BOS, SHARD_TOKENS, DataError, byte_document, new_corpus
+from shards import BYTES_BOS, SHARD_TOKENS, DataError, best_effort_console, byte_document, new_corpus
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
                 raise DataError("The inputs: expected at least 2 documents, found "
                                 f"{val.documents}; add text.")
         command = training_command(args.out, tokenizer, train.tokens, val.tokens)
-        (args.out / "command.sh").write_text(command + "\n")
+        (args.out / "command.sh").write_bytes(os.fsencode(command + "\n"))
     except OSError as error:
         raise DataError(f"{args.out}: expected to write shards here, found: {error.strerror or error}; make "
                         "room or choose another folder with --out.") from error
@@ -269,6 +269,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out / writer.stem}_*.bin: {writer.documents:,} documents, {writer.tokens:,} tokens")
     print(f"train: {command}")
 
+@best_effort_console()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
