@@ -131,7 +131,7 @@ def test_a_run_that_is_not_fed_ends_before_step_0_with_the_numbers(data, tmp_pat
     assert (code, shown) == (1, "") and not (tmp_path / "logs").exists()
     assert said == (
         "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, found 1,200 tokens in 1 "
-        "shards, enough for 1 steps; raise EPOCHS to 5 or add text (python data/tokenize_text.py).\n"
+        "shard, enough for 1 steps; raise EPOCHS to 5 or add text (python data/tokenize_text.py).\n"
     )
     for changes in (dict(num_iterations=1), dict(epochs=5)):
         read_data(replace(data, **changes))
