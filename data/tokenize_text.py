@@ -50,7 +50,7 @@ PIECE = 1 << 18  # bytes or characters that are read and encoded at once
 LAST_WORD = re.compile(r".*\S(?=\s)", re.DOTALL)  # ends where one does: no GPT-2 token crosses that place
 END_OF_TEXT = "<|endoftext|>"
 # What train_gpt.py's presets validate on: tokens, and tokens in one slice
-VALIDATION = {"demo": (49_152, 8192), "speedrun": (10_485_760, 262_144)}
+VALIDATION = {"demo": (32_768, 8192), "speedrun": (10_485_760, 262_144)}
 
 def kind_of(path: str) -> str:
     """The suffix of a file name, without .gz."""
