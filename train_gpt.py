@@ -2387,6 +2387,8 @@ def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 
         ids.append(token)
         yield token
 
+GOOD_STEPS = 600  # of the demo, after which its text looks like Python; they take about three minutes
+
 def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray, seen: str) -> None:
     """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens. seen: how much
     the model has read."""
@@ -2396,8 +2398,12 @@ def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray, see
     prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
     text = list(generate(model, stage, prompt, s.sample_tokens))
     before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
+    end = "---"
+    if s.num_iterations < GOOD_STEPS:
+        command = f"NUM_ITERATIONS={GOOD_STEPS} VAL_LOSS_EVERY=100 TARGET_LOSS=0 ./run.sh"
+        end += f" better with more steps: {command}"
     log.write("--- a text that the model has not seen:", before,
-              f"--- how it goes on, after reading {seen}:", after, "---")
+              f"--- how it goes on, after training on {seen}:", after, end)
 
 class Prepared(NamedTuple):
     """What is read and checked before a run."""
@@ -2474,6 +2480,10 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
         return run(s, overrides, notes)
     device, why_device = choose_device(s, read_launcher(os.environ))
     count = count_processes(s, device)
+    if device.type == "cpu" and count > 1:
+        cores = counted(count_cores(), "core")
+        threads = counted(threads_of_each(count), "thread")
+        notes = [*notes, f"processes: {count}, of {threads} each, on {cores}; else set NPROC"]
     if dry_run or (device.type == "cuda" and count > 1):  # what is wrong is told here, once
         ensure_demo_data(s)
         prepared = prepare(s, overrides, [*notes, why_device], count)

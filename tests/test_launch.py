@@ -153,6 +153,7 @@ def test_the_ranks_that_the_script_starts_train_as_one_process_does(data):
     alone = launch(**two_ranks(data, NPROC=1))
     shared = launch(**two_ranks(data))
     assert (shared.returncode, shared.stderr) == (alone.returncode, alone.stderr) == (0, "")
+    assert re.search(r"^processes: 2, of 1 thread each, on \d+ cores?; else set NPROC$", shared.stdout, re.M)
     assert "\nbatch: 2 ranks x 1 microbatch x 256 tokens" in shared.stdout
     assert "\nbatch: 1 rank x 2 microbatches x 256 tokens" in alone.stdout
     losses = [[float(x) for x in re.findall(r"_loss:([\d.]+)", done.stdout)] for done in (alone, shared)]
