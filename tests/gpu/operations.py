@@ -66,7 +66,8 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
     for function in (residual, residual_in_float32):
         measure(f"norm(x + h @ c_proj.T), {function.__name__}", partial(compiled(function), x, hidden, up))
     heads = x.view(tokens, s.num_heads, -1).clone().requires_grad_()
-    cos, sin = (table.to(device) for table in train_gpt.rotary_cos_sin(tokens, dim // s.num_heads))
+    frequencies = train_gpt.rotary_frequencies(dim // s.num_heads).to(device)
+    cos, sin = train_gpt.rotary_cos_sin(tokens, frequencies)
     rotate = compiled(train_gpt.norm_and_rotate)
     moved = 2 * x.nbytes / 1e12
     forward = torch.no_grad()(partial(rotate, heads, cos, sin))
