@@ -50,12 +50,7 @@ if ! has_packages "$python"; then
     python=$here/.venv/bin/python
 fi
 
-case ${1:-} in
-    test) cd "$here" && exec "$python" -m pytest "${@:2}" ;;
-    -h | --help | --dry-run) exec "$python" "$here/train_gpt.py" "$@" ;;
-esac
-
-plan=$("$python" "$here/train_gpt.py" --dry-run "$@")  # what is wrong is told here, once
-nproc=$(sed -n 's/^batch: \([0-9]*\) ranks.*/\1/p' <<< "$plan")
-if [ "$nproc" -eq 1 ]; then exec "$python" "$here/train_gpt.py" "$@"; fi
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$here/train_gpt.py" "$@"
+if [ "${1:-}" = test ]; then
+    cd "$here" && exec "$python" -m pytest "${@:2}"
+fi
+exec "$python" "$here/train_gpt.py" "$@"

@@ -30,6 +30,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -37,11 +38,16 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
+
+# Before PyTorch is imported, which takes seconds:
+START = time.monotonic()
+PARENT = os.getppid()  # the process that started this one; it changes if that one dies
 
 import numpy as np
 import torch
@@ -81,7 +87,7 @@ class Settings:
     network: str = "gpt"  # gpt: record 30's and the demo's; frontier: record 82's
     # where it runs
     device: str = "auto"  # auto, cuda or cpu; auto takes CUDA if there is a GPU
-    nproc: int = 0  # [processes] for run.sh to start; 0: one per GPU, or fewer if they cannot share the batch
+    nproc: int = 0  # [processes] to start; 0: one per GPU or CPU core, as many as can share a step
     dtype: str = "bfloat16"  # bfloat16 or float32: activations, embedding tables, Newton-Schulz
     fp8_head: bool = True  # [0 or 1] train the head in float8 if the GPU can and DTYPE is bfloat16
     torch_compile: bool = True  # [0 or 1] compile the blocks with torch.compile (needs a C++ compiler)
@@ -153,14 +159,14 @@ class Settings:
 
 # The demo: the same blocks, narrow, on the standard library of the Python that runs this. Bytes are the ids
 # 0-255, and 256 is BOS. The folder's name has Python's version, since other versions have other texts.
-DEMO_DATA = f"data/stdlib-{platform.python_version()}"
+DEMO_DATA = f"data/demo-{platform.python_version()}"
 PRESETS = {
     "speedrun": {},
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=44, target_loss=1.50, val_loss_every=11, val_tokens=49_152, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=200, batch_tokens=(1280,), microbatches=2,
+        num_iterations=44, target_loss=1.62, val_loss_every=11, val_tokens=32_768, val_slice_tokens=8192,
+        warmup_steps=3, sample_tokens=160, batch_tokens=(1280,), microbatches=2,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
         window_schedule=(11, 11, 20), window_block=16,
         gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
@@ -180,6 +186,11 @@ PRESETS = {
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+def counted(number: int, noun: str) -> str:
+    """'1 rank', '2 ranks', '2 microbatches'."""
+    plural = "" if number == 1 else "es" if noun.endswith(("ch", "ss")) else "s"
+    return f"{number:,} {noun}{plural}"
 
 def setting_text(value) -> str:
     """A value for a log or a sentence; those of stages as the environment gives them."""
@@ -1972,13 +1983,13 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     shard, start, size = np.concatenate(documents, axis=1)
     read = int(size[:first_document[-1]].sum())
     passes = math.ceil(len(documents) / len(shards))
-    summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {passes} passes, uses {used:,} "
-               f"({used / read:.1%}) and drops the ends of cut documents")
+    summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {counted(passes, 'pass')}, uses "
+               f"{used:,} ({used / read:.1%}) and drops the ends of cut documents")
     return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
                        summary)
 
 def describe_shards(shards: list[TokenShard]) -> str:
-    return f"{sum(shard.num_tokens for shard in shards):,} tokens in {len(shards)} shards"
+    return f"{sum(shard.num_tokens for shard in shards):,} tokens in {counted(len(shards), 'shard')}"
 
 def describe_shortage(shards: list[TokenShard], s: Settings, steps: int) -> str:
     """A sentence for shards that are enough for `steps` steps only."""
@@ -2107,31 +2118,106 @@ def read_launcher(environ) -> Launcher:
                                 f"{START_ANEW}", exit_code=2)
     return launched
 
+def count_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
 def choose_device(s: Settings, launched: Launcher) -> tuple[torch.device, str]:
-    """The device of this process and the reason. Raises UserError (exit code 2) if there are too few GPUs, or
-    as many ranks as cannot share a step."""
+    """The device of this process and a line that says why. Raises UserError (exit code 2) if there are too
+    few GPUs, or as many ranks as cannot share a step."""
     if problem := world_size_problem(s, launched.world_size):
         raise UserError(problem, exit_code=2)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = count_gpus()
     if s.device == "cpu" or (s.device == "auto" and not gpus):
-        return torch.device("cpu"), "as DEVICE says" if s.device == "cpu" else "no CUDA GPU is here"
+        why = "as DEVICE says" if s.device == "cpu" else "no CUDA GPU is here"
+        return torch.device("cpu"), f"device: cpu ({why})"
     processes = max(launched.local_world_size, s.nproc)
     if processes > gpus:
         raise UserError(f"DEVICE: expected a CUDA GPU for each of {processes} processes, found {gpus} GPUs; "
                         "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
     device = torch.device("cuda", launched.local_rank)
     torch.cuda.set_device(device)
-    return device, "a CUDA GPU is here"
+    return device, "device: cuda (a CUDA GPU is here)"
+
+def count_cores() -> int:
+    """Of the CPU: those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+def count_processes(s: Settings, device: torch.device) -> int:
+    """How many processes to start on this machine if nobody has started them: NPROC; else one per GPU, or per
+    core of a CPU, as far as they can share a step. On a CPU, several processes of few threads are not slowed
+    by other programs as one process of many threads is, whose threads wait for the last of them after each
+    small operation."""
+    if s.nproc:
+        return s.nproc
+    most = count_gpus() if device.type == "cuda" else min(count_cores(), s.microbatches)
+    counts = [count for count in range(1, most + 1) if not world_size_problem(s, count)]
+    return max(counts, default=1)
+
+def threads_of_each(count: int) -> int:
+    """Threads of one of `count` processes that share the CPU: OMP_NUM_THREADS, or its share of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, count_cores() // count))
+
+@contextmanager
+def other_ranks(count: int):
+    """Start ranks 1 to count - 1 on this machine's CPU, by the command that started this process, which
+    becomes rank 0. Each gets its share of the cores. At the end they are waited for, and killed if this rank
+    failed. Raises UserError if one of them failed."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    threads = threads_of_each(count)
+    torch.set_num_threads(threads)
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS=str(threads),
+        GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo",
+    )
+    command = [sys.executable, *sys.orig_argv[1:]]
+    ranks = range(1, count)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training catches it
+    processes = []
+    try:
+        for rank in ranks:
+            numbers = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            processes.append(subprocess.Popen(command, env=os.environ | numbers, stdin=subprocess.DEVNULL))
+        yield
+        for process in processes:
+            process.wait()
+    except RuntimeError:  # of a collective, perhaps because another rank has ended
+        for rank, process in zip(ranks, processes):
+            with suppress(subprocess.TimeoutExpired):
+                if code := process.wait(1):
+                    raise UserError(f"rank {rank} ended with exit code {code}") from None
+        raise
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+def watch_connecting(launched: Launcher, connected: threading.Event) -> None:
+    """A thread: say where this rank waits if it waits for long, and end it if its parent has died."""
+    seconds = 0
+    while not connected.wait(1):
+        seconds += 1
+        if seconds == 10:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            who = f"rank {launched.rank} still waits for the others of {launched.world_size} ranks"
+            print(f"{who} at {place}", file=sys.stderr, flush=True)
+        if os.getppid() != PARENT:
+            os._exit(128 + signal.SIGHUP)
 
 def connect(device: torch.device, launched: Launcher) -> None:
-    """Wait for all ranks. Says so on the console if that takes long."""
+    """Wait for all ranks."""
     if launched.world_size == 1:
         return
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    text = f"rank {launched.rank} still waits for the others of {launched.world_size} ranks at {place}"
-    waiting = threading.Timer(10, print, [text], dict(file=sys.stderr, flush=True))
-    waiting.daemon = True
-    waiting.start()
+    connected = threading.Event()
+    threading.Thread(target=watch_connecting, args=(launched, connected), daemon=True).start()
+    handlers = {}  # Python's would be called only when all ranks have come: until then, signals end this one
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, signal.SIG_DFL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -2139,7 +2225,9 @@ def connect(device: torch.device, launched: Launcher) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             device_id=device if cuda else None)
     dist.barrier()  # a rank that ends with an error must not do so while others still connect
-    waiting.cancel()
+    connected.set()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 class Clock:
     """Training time in seconds: runs between start() and stop(), each of which waits for the device first."""
@@ -2211,16 +2299,14 @@ class Log:
         self.val_loss = val_loss
         self.write(f"step:{step}/{self.settings.num_iterations} val_loss:{val_loss:.4f} {clock.times(step)}")
 
-    def result(self, step: int, val_loss: float, clock: Clock) -> None:
-        """The final lines, for people and for programs."""
+    def ended(self, step: int, val_loss: float, clock: Clock) -> None:
+        """The lines that programs read: how the race ended, and the GPU's peak memory."""
         target = self.settings.target_loss
-        reached = val_loss <= self.settings.target_loss
-        self.write(f"target {'' if reached else 'not '}reached: validation loss {val_loss:.4f}, target "
-                   f"{target:g}, at step {step}, after {clock.total:.1f} s of training",
-                   f"target_reached:{int(reached)} target_loss:{target:g} val_loss:{val_loss:.4f} "
-                   f"final_step:{step} {clock.times(step)}",
-                   f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+        self.write(f"target_reached:{int(val_loss <= target)} target_loss:{target:g} val_loss:{val_loss:.4f} "
+                   f"final_step:{step} {clock.times(step)}", console=False)
+        self.write(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB",
+                   console=clock.device.type == "cuda")
 
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: one file in the safetensors layout, LOG_DIR/RUN/step_NNNNNN.safetensors
@@ -2510,12 +2596,11 @@ def catch_signals() -> Callable[[], int]:
     """Catch SIGTERM and Ctrl-C, so that the run can finish its step. The function returned gives the number
     of the signal, 0 for none; the death of torchrun counts as SIGHUP."""
     received = []
-    parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
 
     def signal_number() -> int:
-        orphaned = parent is not None and os.getppid() != parent
+        orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
         return received[0] if received else signal.SIGHUP * orphaned
 
     return signal_number
@@ -2535,10 +2620,17 @@ def finish_step(status: Status, optimizer: ShardedOptimizer, log: Log, clock: Cl
     log.step(steps_done, loss, clock)
     return stop
 
+class Ending(NamedTuple):
+    """How training ended."""
+    code: int  # exit code: 0, or 128 + the number of the signal that stopped it
+    num_steps: int  # that the model has been trained
+    stage: Stage  # at the end
+    text: str  # for people
+
 def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
-          log: Log, clock: Clock, identity: dict, first_step: int) -> tuple[int, Stage]:
+          log: Log, clock: Clock, identity: dict, first_step: int) -> Ending:
     """The race: train and validate until the target or the last step; the clock stops during validation.
-    Returns the exit code and the stage at the end. Raises UserError."""
+    Raises UserError."""
     s = model.settings
     rank = optimizer.rank
     world_size = optimizer.world_size
@@ -2582,14 +2674,17 @@ def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[S
         running.append(train_step(model, optimizer, batches, step, signal_number))
         if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step(running.popleft(), optimizer, log, clock)
+    steps = f"step {step.number} of {s.num_iterations}"
     if last_step:
         if first_step and step.number == first_step:
             log.write("finished: the checkpoint is of a run that has ended; no step was trained")
-        log.result(step.number, val_loss, clock)
-        return 0, stage
+        log.ended(step.number, val_loss, clock)
+        reached = "target reached" if val_loss <= s.target_loss else "target not reached"
+        text = f"{reached}: validation loss {val_loss:.4f}, target {s.target_loss:g}, after {steps}"
+        return Ending(0, step.number, stage, text)
     number = signal_number() or signal.SIGTERM  # another rank got the signal: say SIGTERM
-    log.write(f"stopped by {signal.Signals(number).name} after step {step.number} of {s.num_iterations}")
-    return 128 + number, stage
+    text = f"stopped by {signal.Signals(number).name} after {steps}"
+    return Ending(128 + number, step.number, stage, text)
 
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
@@ -2607,8 +2702,9 @@ def ensure_demo_data(s: Settings) -> None:
 def describe_environment() -> list[str]:
     """Versions, hardware and git commit. No environment variable is shown."""
     versions = f"CUDA {torch.version.cuda}, Triton {getattr(triton, '__version__', 'none')}"
+    cores = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"  # report.py reads this
     lines = [f"Python {sys.version}", f"PyTorch {torch.__version__}, {versions}",
-             f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"]
+             f"platform: {platform.platform()}, {cores}"]
     for command in ("git rev-parse HEAD", "git status --short --untracked-files=no", "nvidia-smi"):
         try:
             output = subprocess.run(command.split(), cwd=HERE, capture_output=True, text=True).stdout.strip()
@@ -2617,15 +2713,15 @@ def describe_environment() -> list[str]:
         lines.append(f"{command}: {output}")
     return lines
 
-def describe_run(s: Settings, device: torch.device, why_device: str, world_size: int) -> list[str]:
-    """Device, batch and parameter counts, a line each."""
+def describe_run(s: Settings, world_size: int) -> list[str]:
+    """Batch and parameter counts, a line each."""
     rows = NETWORKS[s.network].declare_parameters(s, Kernels())
     counts = {name: math.prod(row.shape) for name, row in rows.items()}
-    lines = [f"device: {device.type} ({why_device})"]
+    lines = []
     count = s.num_microbatches(world_size)
     shown = None
     for stage in make_stages(s):
-        batch = (f"batch: {world_size} ranks x {count // world_size} microbatches x "
+        batch = (f"batch: {counted(world_size, 'rank')} x {counted(count // world_size, 'microbatch')} x "
                  f"{stage.batch_tokens // count:,} tokens = {stage.batch_tokens:,} tokens/step")
         if batch != shown:
             lines.append(batch + f", from step {stage.first_step} on" * (stage.first_step > 0))
@@ -2652,20 +2748,37 @@ def generate(model: Network, stage: Stage, ids: list[int], length: int, seed: in
         ids.append(token)
         yield token
 
-def write_sample(log: Log, model: Network, stage: Stage, val_tokens: np.ndarray) -> None:
-    """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens."""
+def write_sample(log: Log, model: Network, stage: Stage, val_tokens: np.ndarray, seen: str) -> None:
+    """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens. seen: how much
+    the model has read."""
     s = model.settings
     if not s.sample_tokens or s.vocab_size != 257:
         return
     prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
     text = list(generate(model, stage, prompt, s.sample_tokens))
     before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
-    log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
+    log.write("--- a text that the model has not seen:", before,
+              f"--- how it goes on, after reading {seen}:", after, "---")
 
-def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
-    """From settings to the end of the race; returns the exit code. Raises UserError.
-    dry_run: check all that can be checked without training, show the plan, and stop."""
-    begun = time.monotonic()
+class Prepared(NamedTuple):
+    """What is read and checked before a run."""
+    val_tokens: np.ndarray  # (VAL_TOKENS + 1,) uint16
+    plan: PackingPlan
+    settings: list[str]  # a line for each
+    about: list[str]  # the run in a few lines
+
+def prepare(s: Settings, overrides: list[str], about: list[str], device: torch.device,
+            world_size: int) -> Prepared:
+    """Read and check the data, and describe the run. about: its first lines. Raises UserError."""
+    settings = [f"{name}: {setting_text(value)}{'  (overridden)' * (name in overrides)}"
+                for name, value in asdict(s).items()]
+    val_tokens = read_validation(s)
+    train_shards = open_shards(s, "train_files")
+    plan = plan_packing(train_shards, s, make_schedule(s), s.num_microbatches(world_size))
+    return Prepared(val_tokens, plan, settings, [*about, *describe_run(s, world_size), plan.summary])
+
+def run(s: Settings, overrides: list[str], why_preset: str) -> int:
+    """A rank's run, from settings to the end of the race; returns the exit code. Raises UserError."""
     source = Path(__file__).read_text(encoding="utf-8")
     separator = "=" * 100
     launched = read_launcher(os.environ)
@@ -2675,18 +2788,7 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
     if launched.local_rank == 0:
         ensure_demo_data(s)  # the other ranks wait for this one in connect
     connect(device, launched)
-    if dry_run:
-        gpus = torch.cuda.device_count() if device.type == "cuda" else 1
-        world_size = s.nproc or max(w for w in range(1, gpus + 1) if w == 1 or not world_size_problem(s, w))
-    settings = [f"{name}: {setting_text(value)}{'  (overridden)' * (name in overrides)}"
-                for name, value in asdict(s).items()]
-    val_tokens = read_validation(s)
-    schedule = make_schedule(s)
-    plan = plan_packing(open_shards(s, "train_files"), s, schedule, s.num_microbatches(world_size))
-    about = [why_preset, *describe_run(s, device, why_device, world_size), plan.summary]
-    if dry_run:
-        print("settings:", *("  " + setting for setting in settings), *about, sep="\n")
-        return 0
+    val_tokens, plan, settings, about = prepare(s, overrides, [why_preset, why_device], device, world_size)
     log = Log(s, rank)
     try:
         log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
@@ -2705,21 +2807,49 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         num_steps = warm_up(model, optimizer, plan, val_tokens)
         numbers = microbatches_of_rank(plan, first_step, rank, world_size)
         batches = train_batches(plan, numbers, device, rank)
-        ready = f"ready after {time.monotonic() - begun:.1f} s"
         compiled = graphs["unique_graphs"]
-        log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
-        code, stage = train(model, optimizer, batches, schedule, val_tokens, log, clock, identity, first_step)
-        if code == 0 and rank == 0:
-            write_sample(log, model, stage, val_tokens)
+        log.write(f"ready after {time.monotonic() - START:.1f} s: {counted(num_steps, 'warm-up step')}, "
+                  f"{counted(compiled, 'graph')} compiled")
+        ending = train(model, optimizer, batches, plan.schedule, val_tokens, log, clock, identity, first_step)
         if kernels.compiled:
             late = graphs["unique_graphs"] - compiled
-            log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: {late} graphs")
+            log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: "
+                      f"{counted(late, 'graph')}")
+        tokens = sum(step.stage.batch_tokens for step in plan.schedule[:ending.num_steps])
+        seen = f"{tokens:,} tokens in {clock.total:.1f} s"
+        if ending.code == 0 and rank == 0:
+            write_sample(log, model, ending.stage, val_tokens, seen)
+        log.write(ending.text, f"training: {seen}, {tokens / max(clock.total, 1e-9):,.0f} a second; "
+                               f"from start to end: {time.monotonic() - START:.1f} s")
     except BaseException as error:
         log.write(f"ended by {type(error).__name__}: {error}", console=False)
         raise
     if world_size > 1:  # not after an error: a rank that failed must not wait for the others
         dist.destroy_process_group()
-    return code
+    return ending.code
+
+def launch(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
+    """Run with as many processes as fit this machine, unless torchrun has started this one; returns the exit
+    code. dry_run: check all that can be checked without training, show the plan, and stop. Raises
+    UserError."""
+    if "WORLD_SIZE" in os.environ and not dry_run:
+        return run(s, overrides, why_preset)
+    device, why_device = choose_device(s, read_launcher(os.environ))
+    count = count_processes(s, device)
+    if dry_run or (device.type == "cuda" and count > 1):  # what is wrong is told here, once
+        ensure_demo_data(s)
+        prepared = prepare(s, overrides, [why_preset, why_device], device, count)
+    if dry_run:
+        settings = ["  " + setting for setting in prepared.settings]
+        print("settings:", *settings, *prepared.about, sep="\n")
+        return 0
+    if count == 1:
+        return run(s, overrides, why_preset)
+    if device.type == "cuda":  # torchrun ends all ranks if one fails; NCCL would wait for it
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.orig_argv[1:]])
+    with other_ranks(count):
+        return run(s, overrides, why_preset)
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
@@ -2732,7 +2862,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     args = parser.parse_args(argv)
     try:
-        return run(*read_settings(os.environ), args.dry_run)
+        return launch(*read_settings(os.environ), args.dry_run)
     except torch.OutOfMemoryError as error:
         print("MICROBATCHES: expected a step to fit in the GPU's memory; set MICROBATCHES=16 or more, or, in "
               f"validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)

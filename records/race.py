@@ -5,8 +5,9 @@ race.py: run versions in turn on this machine, A B C A B C ..., and compare each
     TARGET_LOSS=0 python records/race.py "" "KEY_OFFSET=0 NGRAM_ROWS=0" glu:variants/glu.py -n 5
 
 A version is [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]: a git revision, the path of a script, or this
-checkout's train_gpt.py, with settings. In round r all run with SEED=r. The same command continues a race that
-was stopped; a larger -n adds rounds. records/README.md has the details.
+checkout's train_gpt.py, with settings. In round r all run with SEED=r. All take as many processes as this
+checkout's train_gpt.py would; NPROC sets another number. The same command continues a race that was stopped;
+a larger -n adds rounds. records/README.md has the details.
 """
 
 import argparse
@@ -46,8 +47,9 @@ class Version:
     nproc: int = 1
 
     def environment(self, seed: int) -> dict[str, str]:
-        """The environment of a run: this process's, the round's seed, and the version's overrides."""
-        env = {**os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs",
+        """The environment of a run: this process's, the number of processes, the round's seed, and the
+        version's overrides."""
+        env = {**processes_here(), **os.environ, "SEED": str(seed), **self.overrides, "LOG_DIR": "logs",
                "PYTHONIOENCODING": "utf-8"}
         if env.keys() & {"DATA_PATH", "TRAIN_FILES", "VAL_FILES"}:  # it runs in another folder
             env["DATA_PATH"] = os.path.abspath(env.get("DATA_PATH") or ROOT)
@@ -55,6 +57,38 @@ class Version:
 
 # ----------------------------------------------------------------------------------------------------------
 # Versions
+
+@cache
+def processes_here() -> dict[str, str]:
+    """NPROC as this checkout's train_gpt.py chooses it, and on a CPU each process's share of the threads, so
+    that versions which choose in other ways run alike. Raises ReportError."""
+    program = """
+import os, train_gpt
+s, _, _ = train_gpt.read_settings(os.environ)
+device, _ = train_gpt.choose_device(s, train_gpt.Launcher())
+count = train_gpt.count_processes(s, device)
+print(f"NPROC={count}")
+if count > 1 and device.type == "cpu":
+    print(f"OMP_NUM_THREADS={train_gpt.threads_of_each(count)}")
+"""
+    return dict(line.split("=") for line in ask_train_gpt(program, dict(os.environ)).split())
+
+@cache
+def describe_machine(nproc: int) -> str:
+    """The environment as a log of a run of `nproc` processes would have it here. Raises ReportError."""
+    env = {**processes_here(), **os.environ}
+    if nproc > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    return ask_train_gpt("import train_gpt; print(*train_gpt.describe_environment(), sep='\\n')", env)
+
+def ask_train_gpt(program: str, env: dict[str, str]) -> str:
+    """What a Python program that imports this checkout's train_gpt.py prints. Raises ReportError."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**env, "PYTHONIOENCODING": "utf-8"},
+                          capture_output=True, **UTF8)
+    if done.returncode:
+        last_line = done.stderr.strip().splitlines()[-1]
+        raise ReportError(f"{ROOT / 'train_gpt.py'} cannot say how it would run here: {last_line}")
+    return done.stdout
 
 def git(*arguments) -> str | None:
     """What git prints in this checkout, or None if it fails."""
@@ -126,18 +160,6 @@ def check_hardware(version: Version, log: Path) -> None:
     if there not in (here, "unknown"):
         raise ReportError(f"{log}: expected a run on this machine ({here}), found one on {there}: continue "
                           "the race there, or name another --out.")
-
-@cache
-def describe_machine(nproc: int) -> str:
-    """The environment as a log of a run of `nproc` processes would have it here. Raises ReportError."""
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    if nproc > 1:
-        env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
-    program = "import train_gpt; print(*train_gpt.describe_environment(), sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, **UTF8)
-    if done.returncode:
-        raise ReportError(f"{ROOT / 'train_gpt.py'} cannot describe this machine: {done.stderr.strip()}")
-    return done.stdout
 
 def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     """Run a version to its end and keep its log. Raises ReportError if it fails or its log is not whole."""

@@ -93,12 +93,15 @@ def read_log(path: Path, step: int = 0) -> Run:
                validations[step or num_steps], trained[-1][1] if trained else 0, race_round)
 
 def describe_hardware(environment: str, lines: str) -> str:
-    """'8 x NVIDIA H100 80GB HBM3', or '2 CPUs, 2 threads' for a run without a GPU."""
+    """'8 x NVIDIA H100 80GB HBM3'; without a GPU '2 CPUs, 2 threads', or of two processes '2 CPUs, 2 x 1
+    threads'."""
     gpus = re.findall(r"^\| +\d+ +(\S.*?) +\S+ +\| +[\dA-F]{4,}:", environment, re.MULTILINE)
     device = re.search(r"^device: (\w+)", lines, re.MULTILINE)  # not in published logs, as is the batch
     ranks = re.search(r"^batch: (\d+) rank", lines, re.MULTILINE)
     if device and device[1] == "cpu" or not (device or gpus):
-        return "".join(re.findall(r"\d+ CPUs, \d+ threads", environment)) or "unknown"
+        found = re.search(r"(\d+ CPUs), (\d+ threads)", environment)
+        processes = f"{ranks[1]} x " if ranks and ranks[1] != "1" else ""
+        return f"{found[1]}, {processes}{found[2]}" if found else "unknown"
     return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus))) or 'unknown GPU'}"
 
 # ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
 SMALL = dict(
     model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, vocab_multiple=8, bos_id=49,
     batch_tokens=(512,), microbatches=8, max_seq_len=(40,), val_tokens=256, val_slice_tokens=64,
-    num_iterations=6, val_loss_every=3, warmup_steps=3, window_block=4, dtype="float32", torch_compile=False,
+    nproc=1, num_iterations=6, val_loss_every=3, warmup_steps=3, window_block=4, dtype="float32",
+    torch_compile=False,
 )
 
 
@@ -112,11 +113,12 @@ def overrides(s):
 
 
 def environment(**changes):
-    """A run's environment: this one, less any setting and torchrun's variables, and changes (None: unset)."""
+    """A run's environment: this one, less any setting and torchrun's variables, and changes (None: unset).
+    One process of one thread, unless a change says otherwise."""
     torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     dropped = {f.name.upper() for f in fields(train_gpt.Settings)} | {"PRESET"} | torchrun
     clean = {name: value for name, value in os.environ.items() if name not in dropped}
-    clean |= {"OMP_NUM_THREADS": 1} | changes
+    clean |= {"OMP_NUM_THREADS": 1, "NPROC": 1} | changes
     return {name: str(value) for name, value in clean.items() if value is not None}
 
 

@@ -100,7 +100,7 @@ def test_a_run_that_is_not_fed_ends_before_step_0_with_the_numbers(data, tmp_pat
     assert (code, shown) == (1, "") and not (tmp_path / "logs").exists()
     assert said == (
         "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, found 1,200 tokens in 1 "
-        "shards, enough for 1 steps; raise EPOCHS or add shards (6 in all; python data/cached_fineweb10B.py "
+        "shard, enough for 1 steps; raise EPOCHS or add shards (6 in all; python data/cached_fineweb10B.py "
         "N).\n"
     )
     for changes in (dict(num_iterations=1), dict(epochs=4)):

@@ -1,11 +1,20 @@
-"""run.sh: which Python it takes, what it installs, what it starts. The Python is a fake that notes calls."""
+"""run.sh: which Python it takes, what it installs, what it starts. The Python is a fake that notes calls.
+The script: how many processes it starts, and how they end together."""
 
+import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, environment
+import torch
+from conftest import CPU, ROOT, environment, launch, overrides
+
+import train_gpt
 
 # Writes its folder and arguments to $CALLS. It has the packages if `installed` is beside it.
 FAKE = f"""#!/usr/bin/env bash
@@ -17,7 +26,6 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip install "*) touch "$(dirname "$0")/installed" ;;
 "-c import torch"*) [ -e "$(dirname "$0")/torch" ] ;;
-*--dry-run*) echo "batch: $PROCESSES ranks x 1 microbatches"; exit "$REFUSED" ;;
 esac
 """
 
@@ -36,7 +44,7 @@ def checkout(tmp_path):
         calls.unlink(missing_ok=True)
         if installed:
             (folder / "fake/installed").touch()
-        given = dict(PYTHON=folder / "fake/python", CALLS=calls, VERSION="3, 10", PROCESSES=1, REFUSED=0)
+        given = dict(PYTHON=folder / "fake/python", CALLS=calls, VERSION="3, 10")
         environ = environment(**given | changes)
         done = subprocess.run([*shell, script, *arguments], env=environ, capture_output=True, text=True)
         return done.returncode, done.stderr, calls.read_text().replace(f"{folder}/", "").splitlines()
@@ -44,20 +52,10 @@ def checkout(tmp_path):
     return run
 
 
-def test_one_process_is_started_without_torchrun_after_a_dry_run(checkout):
+def test_training_is_one_call_of_the_script(checkout):
     code, _, calls = checkout()
-    assert code == 0 and calls[-2:] == ["fake train_gpt.py --dry-run", "fake train_gpt.py"]
-
-
-def test_several_processes_are_started_by_torchrun(checkout):
-    code, _, calls = checkout(PROCESSES=64)
-    start = "fake -m torch.distributed.run --standalone --nproc_per_node=64 train_gpt.py"
-    assert (code, calls[-1]) == (0, start)
-
-
-def test_what_the_dry_run_refuses_is_not_started(checkout):
-    code, _, calls = checkout(REFUSED=2)
-    assert code == 2 and "--dry-run" in calls[-1]
+    assert code == 0 and calls[-1] == "fake train_gpt.py"
+    assert not any("--dry-run" in call for call in calls)
 
 
 @pytest.mark.parametrize("word", ["--help", "--dry-run"])
@@ -110,3 +108,103 @@ def test_a_link_to_run_sh_uses_the_folder_that_run_sh_is_in(checkout, tmp_path):
     (tmp_path / "bin/train").symlink_to("../a checkout/run.sh")
     code, _, calls = checkout("--dry-run", script=tmp_path / "bin/train", installed=False)
     assert code == 0 and calls[-1] == "bin train_gpt.py --dry-run" and not (tmp_path / "bin/.venv").exists()
+
+
+# ---- Processes that the script starts
+
+@pytest.mark.parametrize("cores, microbatches, expected", [
+    (1, 2, 1), (2, 2, 2), (4, 2, 2), (64, 8, 8), (6, 8, 4), (3, 8, 2), (2, 1, 1),
+])  # fmt: skip
+def test_on_a_cpu_there_is_a_process_for_each_core_that_gets_microbatches(
+    small, monkeypatch, cores, microbatches, expected
+):
+    monkeypatch.setattr(train_gpt, "count_cores", lambda: cores)
+    s = replace(small, nproc=0, microbatches=microbatches)
+    assert train_gpt.count_processes(s, CPU) == expected
+    assert train_gpt.count_processes(replace(s, nproc=5), CPU) == 5
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert train_gpt.threads_of_each(expected) == cores // expected
+
+
+def test_several_gpus_are_started_by_torchrun_after_the_data_are_checked(data, run_main, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments) or sys.exit(7))
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-O", "train_gpt.py"])
+    monkeypatch.setattr(train_gpt, "count_gpus", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    s = replace(data, device="cuda", nproc=0)
+    with pytest.raises(SystemExit, match="7"):
+        run_main(**overrides(s), NPROC=None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert started == [[*torchrun, "-O", "train_gpt.py"]]
+    code, _, said = run_main(**overrides(replace(s, train_files="/nowhere/*.bin")), NPROC=None)
+    assert code == 1 and said.startswith("TRAIN_FILES: expected token shards at /nowhere/*.bin")
+    assert len(started) == 1
+
+
+def two_ranks(data, **changes):
+    """The environment of a run that starts a process for each of its two microbatches."""
+    s = replace(data, nproc=0, microbatches=2, torch_compile=False, target_loss=0.0)
+    return overrides(s) | dict(NPROC=2) | changes
+
+
+@pytest.mark.slow
+def test_the_ranks_that_the_script_starts_train_as_one_process_does(data):
+    alone = launch(**two_ranks(data, NPROC=1))
+    shared = launch(**two_ranks(data))
+    assert (shared.returncode, shared.stderr) == (alone.returncode, alone.stderr) == (0, "")
+    assert "\nbatch: 2 ranks x 1 microbatch x 256 tokens" in shared.stdout
+    assert "\nbatch: 1 rank x 2 microbatches x 256 tokens" in alone.stdout
+    losses = [[float(x) for x in re.findall(r"_loss:([\d.]+)", done.stdout)] for done in (alone, shared)]
+    assert len(losses[0]) == 6 + 3 and losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+SPOILED = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import train_gpt
+
+def act(*arguments):
+    if os.environ.get("LOCAL_RANK") == "1":
+        {act}
+    return real(*arguments)
+
+real = train_gpt.{function}
+train_gpt.{function} = act
+if __name__ == "__main__":
+    sys.exit(train_gpt.main([]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act, code, expected", [
+    ("raise train_gpt.UserError('the file was cut', rank=1)", 1,
+     "rank 1: the file was cut\nrank 1 ended with exit code 1\n"),
+    ("os.kill(os.getpid(), 9)", 1, "rank 1 ended with exit code -9\n"),
+])  # fmt: skip
+def test_a_rank_that_fails_ends_the_run_with_a_sentence(data, tmp_path, act, code, expected):
+    script = tmp_path / "spoiled.py"
+    script.write_text(SPOILED.format(root=str(ROOT), act=act, function="train_step"))
+    done = launch(script=script, cwd=tmp_path, **two_ranks(data, WARMUP_STEPS=0))
+    assert (done.returncode, done.stderr) == (code, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function, code, expected", [
+    ("connect", -signal.SIGTERM, ""),
+    ("train_step", 128 + signal.SIGTERM, "stopped by SIGTERM after step [12] of 6"),
+])  # fmt: skip
+def test_sigterm_to_the_first_rank_ends_all(data, tmp_path, function, code, expected):
+    """While another rank has not come yet, and in training."""
+    script = tmp_path / "slow.py"
+    act = "open('here', 'w')\n        time.sleep(2)"
+    script.write_text(SPOILED.format(root=str(ROOT), act=act, function=function))
+    environ = environment(**two_ranks(data, WARMUP_STEPS=0))
+    process = subprocess.Popen([sys.executable, script], cwd=tmp_path, env=environ, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "here").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    shown = process.communicate(timeout=60)[0]  # until all ranks have closed it
+    assert process.returncode == code and "Traceback" not in shown and re.search(expected, shown)

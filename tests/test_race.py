@@ -14,6 +14,7 @@ from test_report import our_log, report
 import race
 
 describe_machine = race.describe_machine
+processes_here = race.processes_here
 
 # Logs its settings as train_gpt.py does, takes no time, and appends its name, WIDTH and SEED to $CALLS.
 SCRIPT = """
@@ -55,6 +56,7 @@ class Race:
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr("tempfile.tempdir", None)
         monkeypatch.setattr(race, "describe_machine", lambda nproc: "2 CPUs, 2 threads")  # as in our_log
+        monkeypatch.setattr(race, "processes_here", lambda: {"NPROC": "1"})
         self.a, self.b = self.script("a"), self.script("b")
 
     def script(self, name, extra=""):
@@ -183,6 +185,21 @@ def test_a_race_is_not_continued_on_another_machine(racing, monkeypatch):
     assert code == 1 and not calls and err.count("\n") == 1 and "a/round-01.txt: expected a run on " in err
     assert "on this machine (64 CPUs, 32 threads), found one on 2 CPUs, 2 threads: continue" in err
     assert racing.run(racing.a, racing.b, "-n", 1)[:2] == (0, [])  # nothing to do but to report
+
+
+def test_versions_take_the_processes_and_threads_that_this_checkout_chooses(monkeypatch):
+    for name in os.environ.keys() - environment().keys() | {"OMP_NUM_THREADS"}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PRESET", "demo")
+    monkeypatch.setenv("DEVICE", "cpu")
+    cores = len(os.sched_getaffinity(0))
+    several = {"NPROC": "2", "OMP_NUM_THREADS": str(cores // 2)}
+    processes_here.cache_clear()
+    assert processes_here() == (several if cores > 1 else {"NPROC": "1"})
+    monkeypatch.setenv("NPROC", "no number")
+    processes_here.cache_clear()
+    with pytest.raises(report.ReportError, match="cannot say how it would run here: .*NPROC: expected"):
+        processes_here()
 
 
 def test_this_machine_is_described_as_in_a_log(monkeypatch):

@@ -183,6 +183,7 @@ TESLA = SMI.replace("NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB ")
     (SMI, "", "2 x NVIDIA H100 80GB HBM3"),
     (SMI, "device: cuda (a CUDA GPU is here)\nbatch: 1 ranks", "1 x NVIDIA H100 80GB HBM3"),
     (SMI + ", 2 CPUs, 1 threads", "device: cpu, as DEVICE says\nbatch: 1 ranks", "2 CPUs, 1 threads"),
+    ("2 CPUs, 1 threads", "device: cpu (x)\nbatch: 2 ranks x 1 microbatch", "2 CPUs, 2 x 1 threads"),
     (TESLA + ", 2 CPUs, 1 threads", "", "2 x Tesla V100-SXM2-16GB"),
     ("2 CPUs, 1 threads, nvidia-smi: not found", "device: cuda (x)\nbatch: 8 ranks", "8 x unknown GPU"),
 ])

@@ -63,9 +63,9 @@ def race(monkeypatch, tmp_path):
         optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[], waiting=False), Log(s, 0)
         model = SimpleNamespace(settings=s, enter_stage=lambda stage: None)
         schedule = train_gpt.make_schedule(s)
-        code, _ = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)
+        ending = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)
         lines = (log.folder / "log.txt").read_text().splitlines()
-        return SimpleNamespace(trained=trained, validated=validated, saved=saved, lines=lines, code=code)
+        return SimpleNamespace(trained=trained, validated=validated, saved=saved, lines=lines, ending=ending)
 
     yield race
     gc.enable()
@@ -74,9 +74,9 @@ def race(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-def test_validations_and_checkpoints_are_not_on_the_clock_and_the_last_lines_say_the_result(race):
+def test_validations_and_checkpoints_are_not_on_the_clock_and_the_result_is_told(race):
     done = race([9, 8, 7, 6], checkpoint_every=3)
-    assert (done.trained, done.validated, done.code) == (list(range(1, 11)), [0, 4, 8, 10], 0)
+    assert (done.trained, done.validated) == (list(range(1, 11)), [0, 4, 8, 10])
     assert [line for line in done.lines if re.match("step:(4|5|10)/", line)] == [
         "step:4/10 train_time:4000ms step_avg:1000.00ms train_loss:1.0000",
         "step:4/10 val_loss:8.0000 train_time:4000ms step_avg:1000.00ms",
@@ -84,8 +84,9 @@ def test_validations_and_checkpoints_are_not_on_the_clock_and_the_last_lines_say
         "step:10/10 train_time:10000ms step_avg:1000.00ms train_loss:1.0000",
         "step:10/10 val_loss:6.0000 train_time:10000ms step_avg:1000.00ms",
     ]
-    assert done.lines[-3:] == [
-        "target not reached: validation loss 6.0000, target 3.28, at step 10, after 10.0 s of training",
+    assert (done.ending.code, done.ending.num_steps) == (0, 10)
+    assert done.ending.text == "target not reached: validation loss 6.0000, target 3.28, after step 10 of 10"
+    assert done.lines[-2:] == [
         "target_reached:0 target_loss:3.28 val_loss:6.0000 final_step:10 train_time:10000ms "
         "step_avg:1000.00ms",
         "peak memory allocated: 0 MiB reserved: 0 MiB",
@@ -96,7 +97,7 @@ def test_validations_and_checkpoints_are_not_on_the_clock_and_the_last_lines_say
 def test_the_race_stops_at_the_first_validation_at_or_below_the_target(race):
     done = race([9, 3.2801, 3.28, 0], checkpoint_every=6)
     assert (done.trained, done.validated, done.saved) == (list(range(1, 9)), [0, 4, 8], [6, 8])
-    assert done.lines[-3].startswith("target reached: validation loss 3.2800, target 3.28, at step 8, ")
+    assert done.ending.text == "target reached: validation loss 3.2800, target 3.28, after step 8 of 10"
     assert done.lines[-2].startswith("target_reached:1 ")
 
 
@@ -141,7 +142,7 @@ def test_a_log_holds_source_environment_settings_and_lines_that_parse_but_no_sec
         "\ngit rev-parse HEAD: ",
         "\npreset: speedrun, set by PRESET\n",
         "\nkernels: plain PyTorch (the device is a CPU)\n",
-        "\nbatch: 1 ranks x 8 microbatches x 64 tokens = 512 tokens/step\n",
+        "\nbatch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step\n",
     ):
         assert expected in tail, expected
     assert not re.search("hf_secret|HF_TOKEN|my_secret|MY_OWN", log)
@@ -150,13 +151,19 @@ def test_a_log_holds_source_environment_settings_and_lines_that_parse_but_no_sec
     assert float(VALIDATION.findall(tail)[0][2]) == pytest.approx(math.log(56), abs=1e-3)  # the head is zero
     assert done.stdout.startswith("log: ") and "def main" not in done.stdout
     assert STEP.findall(done.stdout) == STEP.findall(tail)
+    for_programs = re.compile(r"^(target_reached:|peak memory allocated: ).*", re.M)
+    assert len(for_programs.findall(tail)) == 2 and not for_programs.search(done.stdout)
+    last = (r"target not reached: .*\ntraining: 3,072 tokens in [\d.]+ s, [\d,]+ a second; "
+            r"from start to end: [\d.]+ s\n")
+    assert re.search(last + r"\Z", done.stdout) and re.search(last + r"\Z", tail)
 
 
 def test_two_runs_with_one_seed_write_one_log_but_for_times_and_warm_up(data):
     """Which thereby leaves no trace; another seed has other losses."""
     for s in (data, data, replace(data, warmup_steps=0), replace(data, seed=1)):
         ran(s)
-    timeless = [re.sub(r"[\d.]+m?s\b|after [\d.]+ s\b", "TIME", log) for log in logs(data)]
+    times = r"[\d.]+m?s\b|[\d.]+ s\b|[\d,]+ a second"
+    timeless = [re.sub(times, "TIME", log) for log in logs(data)]
     assert len(timeless) == 4 and timeless[0] == timeless[1]
     losses = [re.findall(r"^step:.*(?:train|val)_loss:([\d.]+)", log, re.M) for log in timeless]
     assert losses[0] == losses[2] != losses[3] and len(losses[0]) == 6 + 3
@@ -229,13 +236,17 @@ def test_a_gpu_without_memory_left_is_one_sentence_that_names_the_settings(data)
 
 @pytest.mark.slow
 def test_the_demo_builds_its_corpus_and_reaches_its_target(tmp_path):
-    """On one thread, since tests share the cores."""
-    done = launch(PRESET="demo", DATA_PATH=tmp_path, LOG_DIR=tmp_path, timeout=900)
+    """With a process of one thread for each core, up to two."""
+    done = launch(PRESET="demo", DATA_PATH=tmp_path, LOG_DIR=tmp_path, NPROC=None, timeout=900)
     assert done.returncode == 0, done.stderr
     target = train_gpt.PRESETS["demo"]["target_loss"]
-    [loss] = re.findall(rf"^target_reached:1 target_loss:{target:g} val_loss:(\S+) ", done.stdout, re.M)
+    ranks = min(train_gpt.count_cores(), 2)
+    assert f"\nbatch: {ranks} rank" in done.stdout
+    [loss] = re.findall(rf"^target reached: validation loss (\S+), target {target:g},", done.stdout, re.M)
     assert float(loss) <= target
-    assert re.search("--- a text that the model has not seen:\n.+\n--- how it goes on:\n.", done.stdout, re.S)
+    sample = ("--- a text that the model has not seen:\n.+\n"
+              "--- how it goes on, after reading 56,320 tokens in .+:\n.")
+    assert re.search(sample, done.stdout, re.S)
 
 
 # ---- Text from a checkpoint

@@ -39,7 +39,7 @@ def test_the_demo_has_the_speedruns_network_and_the_ids_of_bytes():
     demo = settings("demo")
     for name in ("layout", "value_embeds", "window_pattern"):
         assert getattr(demo, name) == getattr(Settings(), name), name
-    assert (demo.vocab_size, demo.bos_id, demo.target_loss) == (257, 256, 1.5)
+    assert (demo.vocab_size, demo.bos_id, demo.target_loss) == (257, 256, 1.62)
 
 
 @pytest.mark.parametrize("preset", train_gpt.PRESETS)
@@ -232,12 +232,12 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     for line, f in zip(lines, fields(Settings)):
         mark = "  (overridden)" * (f.name in changed)
         assert line == f"  {f.name}: {train_gpt.setting_text(getattr(s, f.name))}{mark}"
-    assert batch == "batch: 1 ranks x 8 microbatches x 64 tokens = 512 tokens/step"
+    assert batch == "batch: 1 rank x 8 microbatches x 64 tokens = 512 tokens/step"
     counts = [(name, p.numel()) for name, p in train_gpt.GPT(s, train_gpt.Kernels()).named_parameters()]
     assert parameters == (f"parameters: {sum(count for _, count in counts):,} = "
                           + " + ".join(f"{count:,} {name}" for name, count in counts))
     available = train_gpt.TokenShard(tmp_path / "train_0.bin", s).num_tokens
-    assert tokens.startswith(f"data: {available:,} tokens in 1 shards; the run reads ")
+    assert tokens.startswith(f"data: {available:,} tokens in 1 shard; the run reads ")
 
 
 def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, monkeypatch):
@@ -245,8 +245,10 @@ def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, mon
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     for gpus, ranks in ((1, 1), (3, 2), (7, 4), (8, 8), (10, 8)):
         monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-        code, shown, said = run_main("--dry-run", **overrides(replace(data, device="auto")))
-        assert (code, said) == (0, "") and f"\nbatch: {ranks} ranks x {8 // ranks} microbatches" in shown
+        s = replace(data, device="auto", nproc=0)
+        code, shown, said = run_main("--dry-run", **overrides(s), NPROC=None)
+        shares = f"{train_gpt.counted(ranks, 'rank')} x {train_gpt.counted(8 // ranks, 'microbatch')} x "
+        assert (code, said) == (0, "") and f"\nbatch: {shares}" in shown
 
 
 @pytest.mark.parametrize("environ, name", [

@@ -65,7 +65,7 @@ def marked(function, phase: str):
 
 def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
     choose_kernels, train_step, train = train_gpt.choose_kernels, train_gpt.train_step, train_gpt.train
-    wait, result = train_gpt.ShardedParam.wait, train_gpt.Log.result
+    wait, ended = train_gpt.ShardedParam.wait, train_gpt.Log.ended
     train_batches = train_gpt.train_batches
 
     def choose(device, s):
@@ -98,8 +98,8 @@ def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
         wait(sp)
         mark("all-gather" if sp.grad_slice is None else "reduce-scatter")  # None once it is updated
 
-    def result_and_phases(self, *args):
-        result(self, *args)
+    def ended_and_phases(self, *args):
+        ended(self, *args)
         self.write(f"phases: {json.dumps(phases_of_steps())}", console=False)
 
     def train_and_measure(model, optimizer, batches, schedule, val_tokens, log, *rest):
@@ -115,7 +115,7 @@ def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
         return code
 
     train_gpt.choose_kernels, train_gpt.train_step = choose, step_with_marks
-    train_gpt.ShardedParam.wait, train_gpt.Log.result = wait_with_mark, result_and_phases
+    train_gpt.ShardedParam.wait, train_gpt.Log.ended = wait_with_mark, ended_and_phases
     train_gpt.train_batches, train_gpt.train = batches_with_marks, train_and_measure
     torch.Tensor.backward = marked(torch.Tensor.backward, "blocks, backward")
     train_gpt.Muon.update = marked(train_gpt.Muon.update, "Muon")

@@ -244,7 +244,7 @@ def run_checks(report: Report, name: str, small: bool, settings: dict, seeds: in
 
 def run_demo(report: Report, name: str, small: bool, data: Path) -> None:
     settings = dict.fromkeys(NAMES)
-    settings |= dict(PRESET="demo", DEVICE="cuda", DATA_PATH=data, LOG_DIR=report.work / name)
+    settings |= dict(PRESET="demo", DEVICE="cuda", DATA_PATH=data, LOG_DIR=report.work / name, NPROC=1)
     if small:
         settings |= dict(DEVICE="cpu", NUM_ITERATIONS=2, WARMUP_STEPS=0, TARGET_LOSS=9)
     program = start(report, name, [ROOT / "train_gpt.py"], **settings)
@@ -285,8 +285,8 @@ def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: 
                           WINDOW_SCHEDULE="7", WARMUP_STEPS=6, VAL_TOKENS=2_097_152) | sizes | given
     text = every | dict(TRAIN_FILES=demo["train_files"], VAL_FILES=demo["val_files"], DATA_PATH=data,
                         BOS_ID=256, BATCH_TOKENS=49_152, MICROBATCHES=6, NUM_ITERATIONS=60,
-                        WINDOW_SCHEDULE="7", WARMUP_STEPS=2, TORCH_COMPILE=0, VAL_TOKENS=262_144,
-                        VAL_SLICE_TOKENS=16_384)
+                        WINDOW_SCHEDULE="7", WARMUP_STEPS=2, TORCH_COMPILE=0, VAL_TOKENS=245_760,
+                        VAL_SLICE_TOKENS=16_384, NPROC=1)
     if small:
         text |= sizes
     if "collectives" in parts:
