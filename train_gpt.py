@@ -1547,15 +1547,18 @@ def make_optimizer(model: Network, rank: int, world_size: int) -> ShardedOptimiz
 # ----------------------------------------------------------------------------------------------------------
 # Fast kernels for GPUs: each is used only if its results agree with its plain version's
 #
-# Softcapped logits lie between 0 and 30, so float32 can sum their exponentials as they are. With
-# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s).
+# Softcapped logits lie between 0 and CAP = 30 (23 in record 82), so float32 can sum their exponentials as
+# they are. With s = sigmoid((z + SHIFT) / 7.5), exp(CAP s) = exp2(CAP / log(2) s). The loss of a row has a
+# term, with a weight, for each of the next NUM_WEIGHTS tokens; the last rows have fewer.
 
-EXP = 30 / math.log(2)
+LOG2 = math.log(2)
 
 @triton.jit
-def softcap_sigmoid(z, TANH: tl.constexpr):
-    """sigmoid(z / 7.5), float32. TANH: by the GPU's approximation of tanh (relative error 2^-11), one special
-    function instead of two: their rate would bound both kernels."""
+def softcap_sigmoid(z, SHIFT: tl.constexpr, TANH: tl.constexpr):
+    """sigmoid((z + SHIFT) / 7.5), float32. TANH: by the GPU's approximation of tanh (relative error 2^-11),
+    one special function instead of two: their rate would bound both kernels."""
+    if SHIFT != 0:
+        z += SHIFT
     if TANH:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z * (1 / 15)], dtype=tl.float32,
                                          is_pure=True, pack=1)
@@ -1565,34 +1568,51 @@ def softcap_sigmoid(z, TANH: tl.constexpr):
         return r * r  # divisions are slow on a GPU
 
 @triton.jit
-def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr,
-                        TANH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row: log2 of the sum of the exponentials, and the loss."""
+def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log_sums, num_rows, num_columns,
+                        CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row: log2 of the sum of the exponentials, the loss, and the next token's loss alone."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * num_columns
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < num_columns, other=0.0).to(tl.float32)
-        total += tl.where(column < num_columns, tl.exp2(EXP * softcap_sigmoid(z, TANH)), 0.0)
+        exponential = tl.exp2((CAP / LOG2) * softcap_sigmoid(z, SHIFT, TANH))
+        total += tl.where(column < num_columns, exponential, 0.0)
     log_sum = tl.log2(tl.sum(total, 0))
-    target_logit = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     tl.store(log_sums + row, log_sum)
-    tl.store(losses + row, log_sum * (30 / EXP) - 30 * softcap_sigmoid(target_logit, TANH))
+    loss = 0.0
+    for ahead in tl.static_range(NUM_WEIGHTS):
+        inside = row + ahead < num_rows
+        z = tl.load(logits + tl.load(targets + row + ahead, mask=inside, other=0)).to(tl.float32)
+        term = log_sum * LOG2 - CAP * softcap_sigmoid(z, SHIFT, TANH)
+        if ahead == 0:
+            tl.store(next_losses + row, term)
+        loss += tl.where(inside, tl.load(token_weights + ahead) * term, 0.0)
+    tl.store(losses + row, loss)
 
 @triton.jit
-def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_rows, num_columns,
-                        EXP: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def softcap_grad_kernel(logits, targets, token_weights, log_sums, scale, grads, grads_t, num_rows,
+                        num_columns, CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr):
     """One program per tile: scale times the loss's gradient by the logits, and its transpose."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
-    target = tl.load(targets + row, mask=row < num_rows, other=0)
     log_sum = tl.load(log_sums + row, mask=row < num_rows, other=0.0)
-    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), TANH)
-    grad = tl.exp2(EXP * s - log_sum[:, None]) - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-    grad = (grad * (s - s * s) * (4 * scale)).to(grads.dtype.element_ty)
+    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), SHIFT, TANH)
+    chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total_weight = tl.zeros((ROWS,), tl.float32)
+    for ahead in tl.static_range(NUM_WEIGHTS):
+        target = tl.load(targets + row + ahead, mask=row + ahead < num_rows, other=-1)
+        weight = tl.where(row + ahead < num_rows, tl.load(token_weights + ahead), 0.0)
+        chosen += tl.where(column[None, :] == target[:, None], weight[:, None], 0.0)
+        total_weight += weight
+    grad = total_weight[:, None] * tl.exp2((CAP / LOG2) * s - log_sum[:, None]) - chosen
+    grad = (grad * (s - s * s) * (CAP / 7.5 * scale)).to(grads.dtype.element_ty)
     tl.store(grads + place, grad, mask=inside)
     place = column.to(tl.int64)[:, None] * num_rows + row[None, :]
     tl.store(grads_t + place, tl.trans(grad), mask=tl.trans(inside))
@@ -1629,45 +1649,70 @@ def cast_fp8(x: Tensor, scale: float) -> list[Tensor]:
     cast_fp8_kernel[tile_grid(x)](x, *pair, 1 / scale, *x.shape, **TILE)
     return pair
 
-def softcap_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and log2 of the sums of exponentials, (T,) float32 each. logits: (T, V), contiguous."""
-    losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    block = min(4096, triton.next_power_of_2(logits.size(1)))
-    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP,
-                                      logits.is_cuda, block, num_warps=8)
-    return losses, log_sums
+class Softcap(NamedTuple):
+    """cap * sigmoid((z + shift) / 7.5)"""
+    cap: float = 30.0
+    shift: float = 0.0
 
-def softcap_grad(logits: Tensor, targets: Tensor, log_sums: Tensor, scale: float, dtype: torch.dtype):
+def softcap_loss(logits: Tensor, targets: Tensor, token_weights: Tensor, softcap: Softcap):
+    """Losses, those of the next token alone, and log2 of the sums of exponentials, (T,) float32 each. logits:
+    (T, V), contiguous; token_weights: (n,) float32."""
+    losses, next_losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+    block = min(4096, triton.next_power_of_2(logits.size(1)))
+    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    softcap_loss_kernel[len(logits),](logits, targets, token_weights, losses, next_losses, log_sums,
+                                      *logits.shape, *constants, block, num_warps=8)
+    return losses, next_losses, log_sums
+
+def softcap_grad(logits: Tensor, targets: Tensor, token_weights: Tensor, log_sums: Tensor, softcap: Softcap,
+                 scale: float, dtype: torch.dtype):
     """scale times the gradient of the summed losses by the logits, (T, V) of `dtype`, and its transpose."""
     grads, grads_t = empty_pair(logits, dtype)
-    softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, scale, grads, grads_t,
-                                           *logits.shape, EXP, logits.is_cuda, **TILE)
+    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    softcap_grad_kernel[tile_grid(logits)](logits, targets, token_weights, log_sums, scale, grads, grads_t,
+                                           *logits.shape, *constants, **TILE)
     return grads, grads_t
 
 class Float8HeadLoss(torch.autograd.Function):
-    """softcapped_loss with products in float8 and a fused loss (@YouJiacheng). x and weight are e4m3, the
-    gradient of the logits is e5m2, each divided by a fixed scale. Logits and x's gradient are bfloat16, the
-    weight's gradient is float32; fast accumulation for the logits only."""
+    """What multi_token_loss gives, with products in float8 and a fused loss (@YouJiacheng). x and weight are
+    e4m3, the gradient of the logits is e5m2, each divided by a fixed scale. Logits and x's gradient are
+    bfloat16, the weight's gradient is float32; fast accumulation for the logits only."""
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        scales = x.size(1) ** 0.5 / 448, 2.0**-9, 1 / 448
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, softcap: Softcap,
+                scales: tuple[float, float, float]):
+        """scales: of x, of weight, of the gradient."""
         (x8, x8_t) = cast_fp8(x, scales[0])
         (w8, w8_t) = cast_fp8(weight, scales[1])
+        ctx.softcap = softcap
+        ctx.grad_factor = 1 / scales[2]
         ctx.scales = x_scale, w_scale, _ = [torch.full((), scale, device=x.device) for scale in scales]
         logits = torch._scaled_mm(x8, w8.mT, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-        losses, log_sums = softcap_loss(logits, targets)
-        ctx.save_for_backward(x8_t, w8_t, targets, logits, log_sums)
-        return losses.sum()
+        losses, next_losses, log_sums = softcap_loss(logits, targets, token_weights, softcap)
+        ctx.save_for_backward(x8_t, w8_t, targets, token_weights, logits, log_sums)
+        next_loss = next_losses.sum()
+        ctx.mark_non_differentiable(next_loss)
+        return losses.sum(), next_loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x8_t, w8_t, targets, logits, log_sums = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, _):
+        x8_t, w8_t, targets, token_weights, logits, log_sums = ctx.saved_tensors
         x_scale, w_scale, grad_scale = ctx.scales
-        grads, grads_t = softcap_grad(logits, targets, log_sums, 448.0, torch.float8_e5m2)
+        grads, grads_t = softcap_grad(logits, targets, token_weights, log_sums, ctx.softcap, ctx.grad_factor,
+                                      torch.float8_e5m2)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
         w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
-        return x_grad, w_grad, None
+        return x_grad, w_grad, None, None, None, None
+
+def float8_softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What softcapped_loss gives."""
+    scales = x.size(1) ** 0.5 / 448, 2.0**-9, 1 / 448
+    return Float8HeadLoss.apply(x, weight, targets, x.new_ones(1, dtype=torch.float32), Softcap(), scales)[0]
+
+def float8_multi_token_loss(x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    """What multi_token_loss gives, with the scales of record 55."""
+    scales = 100 / 448, 1.6 / 448, 0.75 / 448
+    return Float8HeadLoss.apply(x, weight, targets, token_weights, Softcap(23.0, 5.0), scales)
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
@@ -1803,9 +1848,10 @@ def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]
             found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3"),
                                    FA3_ADVICE))
         found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03, restore))
-    if (s.fp8_head and bfloat16 and s.network == "gpt" and capability >= (8, 9)
+    if (s.fp8_head and bfloat16 and capability >= (8, 9)
             and s.padded_vocab % 16 == 0 and s.model_dim % 16 == 0):
-        found.append(Candidate("head", "float8, fused loss", dict(head_loss=Float8HeadLoss.apply), 0.1))
+        float8_loss = dict(gpt=float8_softcapped_loss, frontier=float8_multi_token_loss)[s.network]
+        found.append(Candidate("head", "float8, fused loss", dict(head_loss=float8_loss), 0.1))
     if s.torch_compile:
         compiled = torch.compile(NETWORKS[s.network].plain_kernels.head_loss, dynamic=False)
         found.append(Candidate("head", f"{s.dtype}, torch.compile", dict(head_loss=compiled), 0.03))
