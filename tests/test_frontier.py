@@ -168,3 +168,49 @@ def test_the_tool_that_samples_reads_a_checkpoint_of_this_network(whole):
     command = [sys.executable, ROOT / "data" / "sample.py", *arguments]
     done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment())
     assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
+
+
+# ---- Compiled, and in bfloat16
+
+
+def small_case(dtype):
+    """A network away from the zeros that hide gradients, a batch, and its step."""
+    s = replace(RACE, **TINY | dict(dtype=dtype, batch_tokens=(64,), microbatches=1, val_slice_tokens=64))
+    model = fresh_model(s)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += (0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))).to(p)
+    tokens = np.random.default_rng(0).integers(0, 257, 65).astype(np.uint16)
+    return model, train_gpt.make_batch(tokens, [0, 20, 50], 16, 40), train_gpt.make_schedule(s)[1]
+
+
+def loss_and_gradients(model, batch, step):
+    model.zero_grad()
+    loss, _ = model.training_loss(batch, step)
+    loss.backward()
+    return {name: p.grad.float() for name, p in model.named_parameters()} | dict(loss=loss.detach())
+
+
+def test_compiled_without_a_graph_break_it_is_the_same():
+    model, batch, step = small_case("float32")
+    expected = loss_and_gradients(model, batch, step)
+    model.hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = loss_and_gradients(model, batch, step)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def test_in_bfloat16_it_is_the_same_up_to_rounding():
+    """All activations are bfloat16: where one was not, a product would fail."""
+    model, batch, step = small_case("bfloat16")
+    x = model.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
+    assert x.dtype == torch.bfloat16
+    found = loss_and_gradients(model, batch, step)
+    wide, batch, step = small_case("float32")
+    for p, q in zip(wide.parameters(), model.parameters()):
+        p.data.copy_(q)
+    expected = loss_and_gradients(wide, batch, step)
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-3)
+    for name in ("lm_head", "embed", "value_embeds", "bigram_embed", "qk_bank", "vo_bank", "mlp_bank", "mudd_in"):
+        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        assert error < 0.1, (name, error)
