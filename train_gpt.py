@@ -414,7 +414,7 @@ def stage_starts(s: Settings) -> list[int]:
     count = num_stages(s)
     if s.stage_starts:
         return list(s.stage_starts)
-    if s.extension_steps:  # it is the last stage
+    if s.extension_steps:  # the last stage (record 35, @classiclarryd)
         scheduled = s.num_iterations - s.extension_steps
         return [round(scheduled * k / (count - 1)) for k in range(count)]
     return [-(-(s.num_iterations + 1) * k // count) for k in range(count)]
@@ -438,7 +438,7 @@ def make_stages(s: Settings) -> list[Stage]:
             lr_factor=value(s.stage_lr_factors, k),
             yarn_windows=(*(stage.long_window for stage in stages), long_window),
         ))
-    if s.final_val_window:  # records 31 to 35: a stage that only validates, to which YaRN does not adapt
+    if s.final_val_window:  # record 35, @classiclarryd: only validated, and YaRN does not adapt to it
         last_window = s.final_val_window * s.window_block
         stages.append(stages[-1]._replace(first_step=s.num_iterations, long_window=last_window))
     return stages
@@ -569,7 +569,7 @@ class Muon(NamedTuple):
         direction = newton_schulz(grad.lerp_(buffer, step.momentum), self.dtype, self.XXT, self.method)
         if self.beta2:
             direction = self.even_out(direction.float(), state["second_moment"])
-        if self.cautious_decay:  # >=, so that a matrix without a gradient decays (record 43)
+        if self.cautious_decay:  # record 43, @varunneal; >=: a matrix without a gradient decays
             direction = direction + lr * self.cautious_decay * p * (direction * p >= 0)
         if factors is not None:
             direction = direction * factors
@@ -586,15 +586,28 @@ class Muon(NamedTuple):
 
 ADAM_EPS = 1e-10
 
+def cautious_adam(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: Tensor,
+                  correction: Tensor, betas: tuple[float, float], decay: float) -> None:
+    """An update of Adam in place, with weight decay, times the square of the rate, where the step shrinks the
+    weight (Liang et al., 2024). rate: () or that of each row; correction: (), for moments that began at 0."""
+    grad = grad.float()
+    mean = exp_avg.float().lerp(grad, 1 - betas[0])
+    square = exp_avg_sq.float().lerp(grad.square(), 1 - betas[1])
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
+    update = rate * correction * mean / (square.sqrt() + ADAM_EPS)
+    weight = p.float()
+    p.copy_(weight - update - rate * rate * decay * weight * (update * weight > 0))
+
 class Adam(NamedTuple):
     """Adam (Kingma and Ba, 2015), computed in float32 and rounded once when it is stored. State has the
-    parameter's dtype. ADAM_EPS is added to the root of the uncorrected second moment. cautious_decay: weight
-    decay, times the square of the rate, where the step shrinks the weight (Liang et al., 2024). every: steps
-    that share an update (record 39): until it is due, gradients add up in p.grad, on each rank."""
+    parameter's dtype. ADAM_EPS is added to the root of the uncorrected second moment. every: steps that share
+    an update (record 39): until it is due, gradients add up in p.grad, on each rank."""
     lr: float
     betas: tuple[float, float]
     cautious_decay: float = 0.0
     every: int = 1
+    cautious_adam: Callable = cautious_adam
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         return dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -610,17 +623,13 @@ class Adam(NamedTuple):
             adam([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [steps_done], fused=True,
                  amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
             return
-        grad = grad.float()
-        exp_avg = state["exp_avg"].float().lerp(grad, 1 - beta1)
-        exp_avg_sq = state["exp_avg_sq"].float().lerp(grad.square(), 1 - beta2)
-        state["exp_avg"].copy_(exp_avg)
-        state["exp_avg_sq"].copy_(exp_avg_sq)
-        rate = lr if factors is None else lr * factors
-        correction = (1 - beta2**number) ** 0.5 / (1 - beta1**number)
-        update = rate * correction * exp_avg / (exp_avg_sq.sqrt() + ADAM_EPS)
-        weight = p.float()
-        decay = rate * rate * self.cautious_decay * weight * (update * weight > 0)
-        p.copy_(weight - update - decay)
+        # as tensors, so that torch.compile makes no graph for each of their values
+        rate = torch.full((), lr, device=p.device)
+        correction = torch.full((), (1 - beta2**number) ** 0.5 / (1 - beta1**number), device=p.device)
+        if factors is not None:
+            rate = rate * factors
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        self.cautious_adam(p, grad, *moments, rate, correction, self.betas, self.cautious_decay)
 
 class Row(NamedTuple):
     """A parameter, declared once: the model, its initial values and the optimizer read it here. A parameter
@@ -806,6 +815,7 @@ class Kernels(NamedTuple):
     head_loss: Callable = softcapped_loss
     XXT: Callable = XXT
     compiled: bool = False  # whether torch.compile writes the blocks' kernels
+    cautious_adam: Callable = cautious_adam
 
 class Block(NamedTuple):
     """One block of the network."""
@@ -1090,7 +1100,7 @@ def bigram_rows(inputs: Tensor, num_rows: int) -> Tensor:
     return torch.cat((first, rows % last))
 
 def skip_share(x0: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
-    """(T, 1): how much of the stream after block 3 each token takes (record 45, @classiclarryd; gate: 55)."""
+    """(T, 1): how much of the stream after block 3 each token takes (record 45; gate: 55, @classiclarryd)."""
     return 2 * torch.sigmoid(factor) * torch.sigmoid(F.linear(x0[:, :GATE_CHANNELS], gate))
 
 def gated_values(a: Tensor, ve: Tensor, gate: Tensor) -> Tensor:
@@ -1142,8 +1152,8 @@ def multi_token_loss(x: Tensor, weight: Tensor, targets: Tensor, token_weights: 
     return (token_weights * torch.stack(losses)).sum(), losses[0].detach()
 
 def frontier_adam(s: Settings, lr_mult: float, betas: tuple[float, float], decay: float = 0.0) -> Adam:
-    """The rule of everything but the matrices: of every two steps one update (record 39, @classiclarryd), own
-    betas (records 52 to 57), cautious decay (record 50)."""
+    """The rule of everything but the matrices: an update every two steps (record 39, @classiclarryd), betas
+    for each kind (records 52 to 57, @chrisjmccormick and others), cautious decay (record 50, @shenberg)."""
     return Adam(s.adam_lr * lr_mult, betas, 0.005 * decay, every=2)
 
 class BlockWeights(NamedTuple):
@@ -1178,15 +1188,15 @@ class FrontierGPT(Network):
             values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
 
         mlp_factors = (1.0, 2.0) * num_blocks  # the rate of the second matrix is twice that of the first
-        head = frontier_adam(s, 1, (0.5, 0.95), 150)
-        tables = frontier_adam(s, 75, (0.75, 0.95), 5)
+        head = frontier_adam(s, 1, (0.5, 0.95), 150)._replace(cautious_adam=kernels.cautious_adam)
+        tables = frontier_adam(s, 75, (0.75, 0.95), 5)._replace(cautious_adam=kernels.cautious_adam)
         muon = Muon(s.muon_lr, s.torch_dtype, kernels.XXT, POLAR_EXPRESS, beta2=0.9, cautious_decay=1.2)
         return {
             "lm_head": Row((vocab, dim), head, normal(0.005)),
             "embed": Row((vocab, dim), head, zeros, copy_of="lm_head"),  # tied: record 51, @varunneal
             "value_embeds": Row((5 * vocab, dim), tables, normal(0.01), s.torch_dtype),
             "bigram_embed": Row((5 * vocab, dim), tables, zeros, s.torch_dtype),
-            # queries and keys of each attention; Muon takes them in pairs of heads (record 80)
+            # queries and keys of each attention; Muon takes them in pairs of heads (record 80, @samacqua)
             "qk_bank": Row((num_pairs, 2 * dim // s.num_heads, dim), muon, uniform(bound)),
             "vo_bank": Row((2 * num_attn, dim, dim), muon, uniform(bound)),
             # both matrices of each MLP as (hidden, D)
@@ -1196,7 +1206,8 @@ class FrontierGPT(Network):
 
     @staticmethod
     def declare_small_parameters(s: Settings, num_attn: int, num_blocks: int) -> dict[str, Row]:
-        """The gates (record 56: they left Muon) and scalars; num_blocks: those before the last one."""
+        """The gates (which left Muon in record 56, @chrisjmccormick) and scalars; num_blocks: those before
+        the last one."""
         heads = s.num_heads
         num_own = num_attn - ATTENTIONS.count("P")
         gates = frontier_adam(s, 1, (0.9, 0.99), 1)
@@ -1816,6 +1827,10 @@ class KernelTrial:
         results = {f"gradient of {name}": getattr(model, name).grad for name in names}
         results["loss"] = loss.detach()
         results["Newton-Schulz"] = newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)
+        p, grad, *moments = (x.clone() for x in (*self.matrices[:2], *self.matrices[1:].square()))
+        rate = torch.full((), 0.1, device=p.device)
+        kernels.cautious_adam(p, grad, *moments, rate, rate, (0.5, 0.95), 0.75)
+        results["Adam"] = p
         return results
 
     def error(self, kernels: Kernels) -> tuple[Tensor, str]:
@@ -1860,6 +1875,9 @@ def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]
     if bfloat16:
         half = "half of each symmetric product"
         found.append(Candidate("Newton-Schulz", half, dict(XXT=symmetric_XXT), 0.1))
+    if s.torch_compile and s.network == "frontier":
+        compiled_adam = torch.compile(cautious_adam, dynamic=False, fullgraph=True)
+        found.append(Candidate("Adam", "torch.compile", dict(cautious_adam=compiled_adam), 1e-3))
     if s.torch_compile:  # the last, with the attention that was chosen
         found.append(Candidate("blocks", "torch.compile", dict(compiled=True), 0.1))
     return found
@@ -1878,7 +1896,10 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     trial = KernelTrial(device, s) if candidates else None
     chosen = NETWORKS[s.network].plain_kernels
     lines = []
-    for kind in ("attention", "head", "Newton-Schulz", "blocks"):
+    kinds = ["attention", "head", "Newton-Schulz", "blocks"]
+    if s.network == "frontier":
+        kinds.insert(3, "Adam")
+    for kind in kinds:
         taken = ""
         rejected = []
         for candidate in candidates:
