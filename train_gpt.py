@@ -886,14 +886,6 @@ class Network(nn.Module):
         loss = self(*batch, step.stage)
         return loss, loss.detach()
 
-    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each value embedding, (T, D) each; all tables in one look-up."""
-        if "value_embeds" not in self.rows:
-            return ()
-        last = self.rows["value_embeds"].shape[0]
-        first_rows = torch.arange(0, last, self.settings.padded_vocab, device=inputs.device)
-        return F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
-
 class GPT(Network):
     """Record 30's network, and the demo's three ideas, off by default."""
     def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
@@ -1033,6 +1025,14 @@ class GPT(Network):
         rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
         return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
 
+    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each value embedding, (T, D) each; all tables in one look-up."""
+        if "value_embeds" not in self.rows:
+            return ()
+        last = self.rows["value_embeds"].shape[0]
+        first_rows = torch.arange(0, last, self.settings.padded_vocab, device=inputs.device)
+        return F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
+
     def split_banks(self):
         """[(w_qkv, w_o, gate), ...] of the attentions and [(c_fc, c_proj), ...] of the MLPs, each cast to the
         activations' dtype. Of unbind and split, the backward pass is one concatenation; a loop over the bank
@@ -1083,6 +1083,29 @@ def yarn_attn_scale(scale: float, windows: tuple[int, ...]) -> float:
     for old, new in zip(windows, windows[1:]):
         scale *= 1 + 0.2 * math.log(new / old)
     return scale
+
+# The gradient of a table is an operation of its own, PyTorch's: torch.compile would add up rows in a float32
+# table and round it to the table's dtype, which takes three times the memory traffic for these tables.
+
+@torch.library.custom_op("train_gpt::table_gradient", mutates_args=())
+def table_gradient(row_grads: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(row_grads, ids, num_rows, -1, False)
+
+@table_gradient.register_fake
+def _(row_grads, ids, num_rows):
+    return row_grads.new_empty(num_rows, row_grads.size(-1))
+
+class LookUp(torch.autograd.Function):
+    """The rows `ids` of a table."""
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, row_grads: Tensor):
+        return table_gradient(row_grads.contiguous(), ctx.saved_tensors[0], ctx.num_rows), None
 
 def smear(e: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
     """Each embedding, plus a gated share of the one before it, across documents (record 34,
@@ -1270,8 +1293,8 @@ class FrontierGPT(Network):
         attend = self.prepare_attention(len(inputs), cu_seqlens, max_seqlen, stage)
         weights = self.split_banks()
         ve = self.look_up_value_embeds(inputs)
-        bigrams = F.embedding(bigram_rows(inputs, self.rows["bigram_embed"].shape[0]), self.bigram_embed)
-        e = F.embedding(inputs, self.embed).to(dtype)
+        bigrams = LookUp.apply(self.bigram_embed, bigram_rows(inputs, self.rows["bigram_embed"].shape[0]))
+        e = LookUp.apply(self.embed, inputs).to(dtype)
         x0 = norm(smear(e, self.smear_gate.to(dtype), self.smear_factor[0]))
         resid_attn, resid_mlp = self.resid_factors.unbind(1)
         post_attn, post_mlp = self.post_factors.unbind(1)
@@ -1316,6 +1339,11 @@ class FrontierGPT(Network):
         x = (m[12] * x + m[13] * weights[10].mlp(x)).to(dtype)
         k = mudd_coefficients(x, self.mudd_in[1], out_head, bias_head)
         return norm((x + k[0] * c0 + k[1] * c7 + k[2] * c9 + k[3] * ve[0] + k[4] * c3).to(dtype))
+
+    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the five value embeddings, (T, D) each; all tables in one look-up."""
+        first_rows = self.settings.padded_vocab * torch.arange(5, dtype=torch.int32, device=inputs.device)
+        return LookUp.apply(self.value_embeds, inputs + first_rows[:, None]).unbind()
 
     def prepare_attention(self, num_tokens: int, cu_seqlens: Tensor, max_seqlen: int, stage: Stage):
         """The function (kind, q, k, v) -> y for the kinds of ATTENTIONS. Paired heads have two entries for

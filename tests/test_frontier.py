@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, before, environment, fresh_model, ran, random_documents, write_shard
 from test_checkpoints import checkpoints, content, kept_aside, losses
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
 
@@ -202,7 +203,7 @@ def test_compiled_without_a_graph_break_it_is_the_same():
 
 def test_adam_compiled_is_one_graph_whatever_the_step():
     """And it is the same. The head's and the tables' are compiled on a GPU."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(train_gpt.cautious_adam, backend=counter, fullgraph=True, dynamic=False)
     rule = train_gpt.frontier_adam(RACE, 75, (0.75, 0.95), 5)
     p, q = (torch.full((6, 4), 0.5) for _ in range(2))

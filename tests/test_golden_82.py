@@ -493,7 +493,7 @@ def smear_in_a_chain(e, gate, factor):
 
 SKIP, GELU, MUDD, LEAVE_OUT = (train_gpt.skip_share, torch.nn.functional.gelu, train_gpt.mudd_coefficients,
                                train_gpt.leave_out_own_value)
-TABLES, BIGRAMS, COS_SIN = (train_gpt.Network.look_up_value_embeds, train_gpt.bigram_rows,
+TABLES, BIGRAMS, COS_SIN = (train_gpt.FrontierGPT.look_up_value_embeds, train_gpt.bigram_rows,
                             train_gpt.rotary_cos_sin)
 WRONG_NETWORKS = {  # what is wrong: kernels, or (owner, name, what stands there instead)
     "window one shorter": wrong_windows(lambda window: window - 1),
@@ -514,7 +514,7 @@ WRONG_NETWORKS = {  # what is wrong: kernels, or (owner, name, what stands there
     "no exclusive attention": (train_gpt, "leave_out_own_value", lambda y, v, a: y + 0 * a.sum()),
     "exclusive attention adds": (train_gpt, "leave_out_own_value", lambda y, v, a: LEAVE_OUT(y, v, -a)),
     "value tables in another order":
-        (train_gpt.Network, "look_up_value_embeds", lambda *case: TABLES(*case)[::-1]),
+        (train_gpt.FrontierGPT, "look_up_value_embeds", lambda *case: TABLES(*case)[::-1]),
     "the second token's bigram has the first token": (
         train_gpt, "bigram_rows", lambda x, n: torch.where(
             torch.arange(len(x)) == 1, (36313 * x ^ 27191 * x[0]) % (n - 1), BIGRAMS(x, n))),
