@@ -34,7 +34,8 @@ for line in fileinput.input():
     if text := line.split("#")[0].strip():
         need = Requirement(text)
         if not need.marker or need.marker.evaluate():
-            assert need.specifier.contains(version(need.name), prereleases=True)
+            if not need.specifier.contains(version(need.name), prereleases=True):
+                raise SystemExit(1)
 PY
 }
 

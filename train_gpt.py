@@ -24,6 +24,7 @@ import gc
 import glob
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -331,11 +332,24 @@ def find_contradictions(s: Settings) -> list[str]:
         found.append(problem)
     return found
 
-def read_settings(environ) -> tuple[Settings, list[str], str]:
-    """The settings, the names of those that the environment sets, and a line on the choice of the preset.
-    Raises UserError (exit code 2) with a sentence for every unknown preset, wrong value, near miss of a
-    setting's name, and contradiction."""
+def is_of_other_program(name: str, text: str) -> bool:
+    """Whether a variable that is nearly called like setting `name` is rather another program's: many
+    have such a folder (LOGDIR), or the setting cannot have the value (MODEL_DIR=/opt/model: MODEL_DIM)."""
+    if name in ("log_dir", "data_path"):
+        return True
+    default = getattr(Settings(), name, None)  # None: name is "preset"
+    if isinstance(default, str):
+        problems = find_contradictions(replace(Settings(), **{name: text}))
+        return any(problem.startswith(f"{name.upper()}:") for problem in problems)
+    is_number = isinstance(default, int | float | tuple) and not isinstance(default, bool)
+    return is_number and text[:1] not in "+-.0123456789"
+
+def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
+    """The settings, the names of those that the environment sets, and lines for the log: how the preset was
+    chosen, and warnings. Raises UserError (exit code 2) with a sentence for every unknown preset, wrong
+    value, near miss of a setting's name that is no other program's, and contradiction."""
     preset, why_preset = choose_preset(environ)
+    lines = [why_preset]
     kinds = {f.name.upper(): f.type for f in fields(Settings)}
     known = [*(name for name in kinds if len(name) >= 6), "PRESET"]  # shorter names resemble too many words
     values = dict(PRESETS.get(preset, {}))
@@ -346,7 +360,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
         upper = name.upper()
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
         if meant and name not in (*meant, "PRESET"):
-            problems.append(f"{name}: unknown setting; did you mean {meant[0]}? Otherwise unset {name}.")
+            near_miss = f"unknown setting; did you mean {meant[0]}?"
+            if is_of_other_program(meant[0].lower(), environ[name]):
+                lines.append(f"{name}: WARNING: {near_miss} Otherwise leave {name} as it is.")
+            else:
+                problems.append(f"{name}: {near_miss} Otherwise unset {name}.")
         if name not in kinds:
             continue
         try:
@@ -367,7 +385,11 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
         problems.append(f"PRESET: expected one of {', '.join(PRESETS)}, found {preset!r}.")
     if problems:
         raise UserError(*problems, exit_code=2)
-    return settings, overrides, why_preset
+    for own, other in (("train_files", "val_files"), ("val_files", "train_files")):
+        if own in overrides and other not in overrides:
+            lines.append(f"{own.upper()}: WARNING: set without {other.upper()}, which is "
+                         f"{getattr(settings, other)}: training and validation may be on different texts")
+    return settings, overrides, lines
 
 def find_files(root: Path, pattern: str) -> list[Path]:
     """Files that match, in name order; an absolute pattern stands for itself."""
@@ -1964,8 +1986,36 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 
 SHARD_KIND = [20240520, 1]
 HEADER_BYTES = 1024
-REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
-OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files"
+REMAKE = ("make shards from text with python data/tokenize_text.py, fetch FineWeb's with "
+          "python data/cached_fineweb10B.py, or name other files")
+OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files, or name other files"
+FIRST_BYTES = {  # of files that are sometimes taken for shards
+    b"\x1f\x8b": "a gzip file",
+    b"PK\3\4": "a zip file",
+    b"\x93NUMPY": "a NumPy file",
+    b"PAR1": "a Parquet file",
+    (20240801).to_bytes(4, "little"): "a shard of llm.c for Llama 3, with ids of 32 bits",
+}
+
+def describe_file(path: Path) -> str:
+    """What a file that does not begin like a shard most likely is. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(8192)
+    for first_bytes, kind in FIRST_BYTES.items():
+        if head.startswith(first_bytes):
+            return kind
+    if not head:
+        return "an empty file"
+    if not {*range(9)} & {*head}:  # no control bytes
+        return "text"
+    words = np.frombuffer(head[:len(head) // 8 * 8], "<u4")
+    if len(words) and words[0] == SHARD_KIND[0]:
+        return f"a shard of version {words[1]}"
+    for bits, most_ids in ((32, 2**18), (16, 50_304)):  # vocabularies that are common
+        ids = words.view(f"<u{bits // 8}")
+        if any(words[:2]) and ids.max() < most_ids:
+            return f"token ids of {bits} bits without a header, as of nanoGPT and old versions of llm.c"
+    return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
 
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
@@ -1975,14 +2025,20 @@ class TokenShard:
         self.vocab_size = s.vocab_size
         self.bos_id = s.bos_id
         self.checksum = None
-        kind = np.fromfile(path, "<i4", count=2).tolist()
-        count = np.fromfile(path, "<i4", count=1, offset=8)
-        self.expect(kind == SHARD_KIND and len(count), f"magic number and version {SHARD_KIND}", kind)
-        self.num_tokens = int(count[0])
+        header = np.fromfile(path, "<i4", count=256).tolist()
+        if header[:2] != SHARD_KIND:
+            self.expect(False, f"a token shard, which begins with {SHARD_KIND}", describe_file(path))
+        self.expect(len(header) == 256, f"a header of {HEADER_BYTES:,} bytes", f"{4 * len(header):,}")
+        self.num_tokens = header[2]
         size = path.stat().st_size
         expected = HEADER_BYTES + 2 * self.num_tokens
         self.expect(self.num_tokens > 0, "at least 1 token", self.num_tokens)
-        self.expect(size == expected, f"{expected:,} bytes for {self.num_tokens:,} tokens", f"{size:,}")
+        found = f"{size:,}"
+        if size == HEADER_BYTES + 4 * self.num_tokens:
+            found += ", as for ids of 32 bits"
+        elif size < expected:
+            found += ", as of a file that was cut"
+        self.expect(size == expected, f"{expected:,} bytes for {self.num_tokens:,} tokens", found)
 
     def expect(self, ok: bool, expected: str, found, remedy: str = REMAKE) -> None:
         if not ok:
@@ -2068,7 +2124,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
                 more = next(source, None)
                 if more is None:
                     steps_done = (len(first_document) - 1) // num_microbatches
-                    raise UserError(describe_shortage(shards, s, steps_done))
+                    usable = find_usable(shards, documents, schedule, num_microbatches)
+                    raise UserError(describe_shortage(shards, s, steps_done, usable, schedule))
                 documents.append(more)
                 pending = np.concatenate((pending[taken:], more[2]))
                 ends = np.cumsum(np.minimum(pending, stage.max_seq_len))
@@ -2082,28 +2139,84 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     passes = math.ceil(len(documents) / len(shards))
     summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {counted(passes, 'pass')}, uses "
                f"{used:,} ({used / read:.1%}) and drops the ends of cut documents")
+    if problem := describe_long_documents(s, find_usable(shards, documents, schedule, num_microbatches)):
+        summary += f"\ndata: WARNING: {problem}"
     return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
                        summary)
 
 def describe_shards(shards: list[TokenShard]) -> str:
     return f"{sum(shard.num_tokens for shard in shards):,} tokens in {counted(len(shards), 'shard')}"
 
-def describe_shortage(shards: list[TokenShard], s: Settings, steps: int) -> str:
+class Usable(NamedTuple):
+    """What a pass over the shards that were read can give."""
+    tokens: int  # all that are there
+    cuts: dict[Stage, int]  # stage -> the most tokens that a microbatch takes of a document
+    usable: dict[Stage, int]  # stage -> tokens within these
+    passes: int  # that are enough for the run
+
+def find_usable(shards: list[TokenShard], documents: list[np.ndarray], schedule: list[Step],
+                num_microbatches: int) -> Usable:
+    """documents: of each shard of each pass, as far as they were read."""
+    first_pass = documents[:len(shards)]
+    sizes = np.concatenate([x[2] for x in first_pass])
+    cuts = {}
+    usable = {}
+    passes = 0.0
+    for stage in stages_of(schedule[:-1]):
+        room = stage.batch_tokens // num_microbatches + 1
+        cuts[stage] = min(stage.max_seq_len, room)
+        usable[stage] = int(np.minimum(sizes, cuts[stage]).sum())
+        microbatches = num_microbatches * sum(step.stage is stage for step in schedule[:-1])
+        # a microbatch drops at most the rest of its last document
+        passes += microbatches * (room + cuts[stage] - 1) / usable[stage]
+    passes += len({*cuts.values()}) - 1  # the parts of a pass before and after another cut may be unequal
+    tokens = sum(shard.num_tokens for shard in shards[:len(first_pass)])
+    return Usable(tokens, cuts, usable, math.ceil(passes))
+
+def describe_long_documents(s: Settings, found: Usable) -> str:
+    """What is to be said if most tokens lie behind the ends of cut documents; '' if not."""
+    stage = max(found.cuts, key=found.cuts.get)
+    cut = found.cuts[stage]
+    usable = found.usable[stage]
+    if usable >= found.tokens / 2:
+        return ""
+    text = (f"only {usable:,} of {found.tokens:,} tokens can be used ({usable / found.tokens:.1%}), the same "
+            f"ones in every pass, since a run uses at most {cut:,} tokens of a document, from "
+            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does")
+    if cut >= (641 if s.vocab_size == 257 else 2048):  # where it cuts them
+        return text
+    return text + (", and raise MAX_SEQ_LEN" if cut == stage.max_seq_len
+                   else ", and raise BATCH_TOKENS or lower MICROBATCHES")
+
+def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, found: Usable,
+                      schedule: list[Step]) -> str:
     """A sentence for shards that are enough for `steps` steps only."""
-    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
-    return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+    text = (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
             f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, enough for "
-            f"{steps} steps; raise EPOCHS or add shards ({needed} in all; "
-            "python data/cached_fineweb10B.py N).")
+            f"{steps} steps; ")
+    if problem := describe_long_documents(s, found):
+        return f"{text}{problem}."
+    stage = schedule[0].stage
+    more = "add text (python data/tokenize_text.py)"
+    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
+    if "fineweb" in s.train_files and needed <= 103:  # as many as there are
+        more = f"add shards ({needed} in all; python data/cached_fineweb10B.py {needed})"
+    if found.usable[stage] < stage.batch_tokens:
+        return f"{text}{more}: a pass gives {found.usable[stage]:,} tokens, which every step would repeat."
+    return f"{text}raise EPOCHS to {found.passes} or {more}."
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
     needed = s.val_tokens + 1
     parts = []
+    missing = needed
     for shard in open_shards(s, "val_files"):
-        parts.append(shard.read(0, min(needed - sum(map(len, parts)), shard.num_tokens)))
+        if missing:
+            shard.document_starts()  # for its checks, as in training
+            parts.append(shard.read(0, min(missing, shard.num_tokens)))
+            missing -= len(parts[-1])
     tokens = np.concatenate(parts)
-    if len(tokens) < needed:
+    if missing:
         raise UserError(f"VAL_FILES: expected VAL_TOKENS + 1 = {needed:,} tokens, found {len(tokens):,}; "
                         "lower VAL_TOKENS or add shards.")
     return tokens
@@ -2182,6 +2295,16 @@ def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: i
 
 # ----------------------------------------------------------------------------------------------------------
 # Run: processes and device, clock, log
+
+# What a scheduler, a terminal that closes or a person sends to stop a run, or to warn it of its end. SIGQUIT
+# still ends a run at once.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+def handle_stop_signals(handler) -> dict:
+    """Set the handler of these signals, but for those that the process was started to ignore, as by nohup.
+    Returns the handlers before, by signal."""
+    return {number: signal.signal(number, handler) for number in STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN}
 
 START_ANEW = "start with torchrun, or unset WORLD_SIZE."
 
@@ -2273,8 +2396,15 @@ def other_ranks(count: int):
     )
     command = [sys.executable, *sys.orig_argv[1:]]
     ranks = range(1, count)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # until training catches it
     processes = []
+
+    def end(number, frame):
+        """Until training catches the signals."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    handle_stop_signals(end)
     try:
         for rank in ranks:
             numbers = dict(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -2311,10 +2441,8 @@ def connect(device: torch.device, launched: Launcher) -> None:
         return
     connected = threading.Event()
     threading.Thread(target=watch_connecting, args=(launched, connected), daemon=True).start()
-    handlers = {}  # Python's would be called only when all ranks have come: until then, signals end this one
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, signal.SIG_DFL)
+    # Python's handlers would be called only when all ranks have come: until then, signals end this one
+    handlers = handle_stop_signals(signal.SIG_DFL)
     store, rank, world_size = next(dist.rendezvous("env://"))
     # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -2351,6 +2479,45 @@ class Clock:
         milliseconds = 1000 * (self.total + running)
         return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / max(step, 1):.2f}ms"
 
+class Console(io.FileIO):
+    """The file under stdout or stderr. The log is the record, so what this one does not take is dropped."""
+    problems = []  # of both, which nobody has been told yet
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)  # None: a pipe that does not block is full
+        except OSError as error:
+            if not hasattr(self, "error"):
+                self.problems.append(f"{self.label} could not be written: {error}")
+            self.error = error
+            return len(data)
+
+def open_console(stream, label: str, errors: str):
+    """A stream that writes where stdout or stderr does, and never fails."""
+    if stream is None:  # the process was started without one
+        return open(os.devnull, "w")
+    try:
+        console = Console(stream.fileno(), "w", closefd=False)
+    except OSError:  # no file, as in a notebook
+        return stream
+    console.label = label
+    return io.TextIOWrapper(io.BufferedWriter(console), stream.encoding, errors, line_buffering=True)
+
+@contextmanager
+def best_effort_console():
+    """What is printed in here may fail: a disk is full, the reader of a pipe has gone, a terminal was closed,
+    an encoding lacks a character. Nothing is left for Python to write when it ends."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout = open_console(sys.stdout, "stdout", "replace")
+    sys.stderr = open_console(sys.stderr, "stderr", "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        while Console.problems:
+            print(Console.problems.pop(), file=sys.stderr, flush=True)
+        sys.stdout, sys.stderr = streams
+
 class Log:
     """Output of rank 0: every line goes to LOG_DIR/RUN/log.txt and the console; other ranks are silent. On a
     terminal, steps move one live line; in a pipe each prints its line."""
@@ -2371,13 +2538,20 @@ class Log:
         if self.file is None:
             return
         for line in lines:
-            try:
-                print(line, file=self.file, flush=True)
-            except OSError as error:  # a full disk does not stop training
-                print(f"{self.folder}: a line of the log could not be written: {error}", file=sys.stderr)
+            self.write_to_file(line)
             if console:
                 tqdm.write(line, file=sys.stdout)  # above the live line, if there is one
                 sys.stdout.flush()
+        while Console.problems:
+            line = f"WARNING: {Console.problems.pop()}; the run goes on, and its log is {self.file.name}"
+            self.write_to_file(line)
+            print(line, file=sys.stderr, flush=True)
+
+    def write_to_file(self, line: str) -> None:
+        try:
+            print(line, file=self.file, flush=True)
+        except OSError as error:  # a full disk does not stop training
+            print(f"{self.folder}: a line of the log could not be written: {error}", file=sys.stderr)
 
     def step(self, step: int, loss: float, clock: Clock) -> None:
         steps = self.settings.num_iterations
@@ -2690,11 +2864,10 @@ def validate(model: Network, val_tokens: np.ndarray, s: Settings, rank: int, wor
     return losses.double().mean().item()
 
 def catch_signals() -> Callable[[], int]:
-    """Catch SIGTERM and Ctrl-C, so that the run can finish its step. The function returned gives the number
-    of the signal, 0 for none; the death of torchrun counts as SIGHUP."""
+    """Catch STOP_SIGNALS, so that the run can finish its step. The function returned gives the number of the
+    signal, 0 for none; the death of torchrun counts as SIGHUP."""
     received = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: received.append(number))
+    handle_stop_signals(lambda number, frame: received.append(number))
 
     def signal_number() -> int:
         orphaned = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
@@ -2786,13 +2959,16 @@ def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[S
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
 
+UTF8 = dict(encoding="utf-8", errors="replace")  # how what other programs print is read, in every locale
+
 def ensure_demo_data(s: Settings) -> None:
     """Build the demo's shards if its own patterns find none. Raises UserError if that fails."""
     root = Path(s.data_path or HERE)
     own = [pattern for pattern in (s.train_files, s.val_files) if pattern.startswith(DEMO_DATA)]
     if not all(find_files(root, pattern) for pattern in own):
         command = [sys.executable, HERE / "data" / "demo_corpus.py", root / DEMO_DATA]
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, capture_output=True, **UTF8)
+        print(done.stdout, end="", file=sys.stderr)
         if done.returncode:
             raise UserError(done.stderr.strip().split("\n")[-1])
 
@@ -2804,7 +2980,7 @@ def describe_environment() -> list[str]:
              f"platform: {platform.platform()}, {cores}"]
     for command in ("git rev-parse HEAD", "git status --short --untracked-files=no", "nvidia-smi"):
         try:
-            output = subprocess.run(command.split(), cwd=HERE, capture_output=True, text=True).stdout.strip()
+            output = subprocess.run(command.split(), cwd=HERE, capture_output=True, **UTF8).stdout.strip()
         except OSError:
             output = "not found"
         lines.append(f"{command}: {output}")
@@ -2874,7 +3050,7 @@ def prepare(s: Settings, overrides: list[str], about: list[str], device: torch.d
     plan = plan_packing(train_shards, s, make_schedule(s), s.num_microbatches(world_size))
     return Prepared(val_tokens, plan, settings, [*about, *describe_run(s, world_size), plan.summary])
 
-def run(s: Settings, overrides: list[str], why_preset: str) -> int:
+def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     """A rank's run, from settings to the end of the race; returns the exit code. Raises UserError."""
     source = Path(__file__).read_text(encoding="utf-8")
     separator = "=" * 100
@@ -2885,7 +3061,7 @@ def run(s: Settings, overrides: list[str], why_preset: str) -> int:
     if launched.local_rank == 0:
         ensure_demo_data(s)  # the other ranks wait for this one in connect
     connect(device, launched)
-    val_tokens, plan, settings, about = prepare(s, overrides, [why_preset, why_device], device, world_size)
+    val_tokens, plan, settings, about = prepare(s, overrides, [*notes, why_device], device, world_size)
     log = Log(s, rank)
     try:
         log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
@@ -2925,36 +3101,38 @@ def run(s: Settings, overrides: list[str], why_preset: str) -> int:
         dist.destroy_process_group()
     return ending.code
 
-def launch(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
+def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -> int:
     """Run with as many processes as fit this machine, unless torchrun has started this one; returns the exit
     code. dry_run: check all that can be checked without training, show the plan, and stop. Raises
     UserError."""
     if "WORLD_SIZE" in os.environ and not dry_run:
-        return run(s, overrides, why_preset)
+        return run(s, overrides, notes)
     device, why_device = choose_device(s, read_launcher(os.environ))
     count = count_processes(s, device)
     if dry_run or (device.type == "cuda" and count > 1):  # what is wrong is told here, once
         ensure_demo_data(s)
-        prepared = prepare(s, overrides, [why_preset, why_device], device, count)
+        prepared = prepare(s, overrides, [*notes, why_device], device, count)
     if dry_run:
         settings = ["  " + setting for setting in prepared.settings]
         print("settings:", *settings, *prepared.about, sep="\n")
         return 0
     if count == 1:
-        return run(s, overrides, why_preset)
+        return run(s, overrides, notes)
     if device.type == "cuda":  # torchrun ends all ranks if one fails; NCCL would wait for it
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.orig_argv[1:]])
     with other_ranks(count):
-        return run(s, overrides, why_preset)
+        return run(s, overrides, notes)
 
+@best_effort_console()
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
     presets = []
     for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
         presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.strip().split("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a GPT-2-sized model to a target loss. Every setting is an environment variable:",
         epilog="\n".join([inspect.getsource(Settings), *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     args = parser.parse_args(argv)
@@ -2964,9 +3142,6 @@ def main(argv=None) -> int:
         print("MICROBATCHES: expected a step to fit in the GPU's memory; set MICROBATCHES=16 or more, or, in "
               f"validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of a pipe has gone, as in `train_gpt.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         rank = getattr(error, "rank", None)
         if rank is not None or os.environ.get("LOCAL_RANK", "0") == "0":  # what every rank finds is told once

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Fetch FineWeb as GPT-2 tokens: the validation shard and the first N training shards of 100M tokens each.
 
     python data/cached_fineweb10B.py [N]
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from shards import HEADER_WORDS, MAGIC, VERSION, DataError
+from shards import HEADER_WORDS, MAGIC, VERSION, DataError, best_effort_console
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 NUM_SHARDS = 103  # training shards in the repository
@@ -56,7 +57,7 @@ def fetch_shards(folder: Path, names: list[str]) -> None:
     from huggingface_hub import HfApi
 
     pinned = folder / "revision.txt"
-    revision = pinned.read_text().strip() if pinned.exists() else "main"
+    revision = pinned.read_text(encoding="utf-8").strip() if pinned.exists() else "main"
     info = HfApi().dataset_info(REPOSITORY, revision=revision, files_metadata=True)
     files = {file.rfilename: file.lfs for file in info.siblings if file.lfs}
     for name in names:
@@ -66,7 +67,7 @@ def fetch_shards(folder: Path, names: list[str]) -> None:
     if free < needed:
         raise DataError(f"{folder}: expected {needed / 1e6:,.1f} MB of free disk space, found "
                         f"{free / 1e6:,.1f} MB; make room, or set DATA_PATH to another disk.")
-    pinned.write_text(info.sha + "\n")
+    pinned.write_text(info.sha + "\n", encoding="utf-8")
     for name in names:
         fetch_shard(folder, name, info.sha, files[name].sha256)
         print(f"{name}: fetched", flush=True)
@@ -94,6 +95,7 @@ def run(folder: Path, count: int) -> None:
     print(f"{folder}: complete, with {count} training shards")
 
 
+@best_effort_console()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

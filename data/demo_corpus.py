@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Build the demo's corpus from the source code of the standard library of the Python that runs this script.
 
     python data/demo_corpus.py FOLDER
@@ -17,7 +18,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from shards import DataError, byte_document, new_corpus
+from shards import DataError, best_effort_console, byte_document, new_corpus
 
 # Every second of the modules of 1,000 to 30,000 bytes that are the same, byte for byte, in CPython 3.10.13,
 # 3.11.7, 3.12.1 and 3.13.0: these validate on the same tokens in the same order.
@@ -65,6 +66,7 @@ def standard_library(root: Path) -> tuple[list[bytes], list[bytes]]:
             (validation if module.as_posix() in HELD_OUT else training).append(source)
     return training, validation
 
+@best_effort_console()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder for the shards")

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Print text that the model of a checkpoint writes.
 
     python data/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200
@@ -54,6 +55,7 @@ def get_tokenizer(vocab_size: int):
                         ) from None
 
 
+@train_gpt.best_effort_console()
 def main() -> int:
     """Returns the exit code: 0, 1 after one sentence on stderr, 130 if Ctrl-C ended the text."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])

@@ -7,7 +7,9 @@ NAME_train_000001.bin, NAME_train_000002.bin, ... and NAME_val_000000.bin, ...
 """
 
 import contextlib
+import io
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +21,35 @@ BYTES_BOS = 256  # where the other ids are bytes
 
 class DataError(Exception):
     """An error that the user can correct: printed as one sentence, without a traceback."""
+
+class Console(io.FileIO):
+    """The file under stdout or stderr of a tool that makes files: what it does not take is dropped."""
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or len(data)  # None: a pipe that does not block is full
+        except OSError:
+            return len(data)
+
+@contextlib.contextmanager
+def best_effort_console():
+    """What is printed in here may fail, as in train_gpt.py: the work goes on."""
+    def open_console(stream, errors: str):
+        if stream is None:  # the process was started without one
+            return open(os.devnull, "w")
+        try:
+            file = Console(stream.fileno(), "w", closefd=False)
+        except OSError:  # no file, as in a notebook
+            return stream
+        return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, errors, line_buffering=True)
+
+    streams = sys.stdout, sys.stderr
+    sys.stdout = open_console(sys.stdout, "replace")
+    sys.stderr = open_console(sys.stderr, "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
 
 def byte_document(text: bytes) -> np.ndarray:
     """BOS and the bytes of a text, uint16 [1 + len(text)]."""

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Make token shards from your own text.
 
     python -m pip install -r data/requirements.txt
@@ -14,7 +15,7 @@ bytes), since training takes no more of one. --split-at TEXT also cuts wherever 
 and leaves out TEXT and the line ends around it. Tokens are GPT-2's, or bytes if tiktoken or its vocabulary is
 missing. The first of every --val-every documents goes to validation. Any --workers gives the same bytes.
 FOLDER gets its shards when all are complete, and the command that trains on them in command.sh. A run that
-fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-*: delete it.
+fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-* of no use.
 """
 
 import argparse
@@ -38,7 +39,7 @@ import fsspec
 import numpy as np
 from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
-from shards import BYTES_BOS, SHARD_TOKENS, DataError, byte_document, new_corpus
+from shards import BYTES_BOS, SHARD_TOKENS, DataError, best_effort_console, byte_document, new_corpus
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ PIECE = 1 << 18  # bytes or characters that are read and encoded at once
 LAST_WORD = re.compile(r".*\S(?=\s)", re.DOTALL)  # ends where one does: no GPT-2 token crosses that place
 END_OF_TEXT = "<|endoftext|>"
 # What train_gpt.py's presets validate on: tokens, and tokens in one slice
-VALIDATION = {"demo": (49_152, 8192), "speedrun": (10_485_760, 262_144)}
+VALIDATION = {"demo": (32_768, 8192), "speedrun": (10_485_760, 262_144)}
 
 def kind_of(path: str) -> str:
     """The suffix of a file name, without .gz."""
@@ -260,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
                 raise DataError("The inputs: expected at least 2 documents, found "
                                 f"{val.documents}; add text.")
         command = training_command(args.out, tokenizer, train.tokens, val.tokens)
-        (args.out / "command.sh").write_text(command + "\n")
+        (args.out / "command.sh").write_bytes(os.fsencode(command + "\n"))
     except OSError as error:
         raise DataError(f"{args.out}: expected to write shards here, found: {error.strerror or error}; make "
                         "room or choose another folder with --out.") from error
@@ -268,6 +269,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out / writer.stem}_*.bin: {writer.documents:,} documents, {writer.tokens:,} tokens")
     print(f"train: {command}")
 
+@best_effort_console()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 race.py: run versions in turn on this machine, A B C A B C ..., and compare each with the first.
 
     python records/race.py A B [C ...] -n 5 --name Gates     # logs in records/DATE_Gates/LABEL/round-01.txt

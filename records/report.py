@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 report.py: what the logs of runs say, and which of two versions is faster or has the lower loss.
 
     python records/report.py DIR_OR_LOGS...           # the runs, their means, whether they meet the target

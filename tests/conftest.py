@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, and inherited from there
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in train_gpt.STOP_SIGNALS:  # those ignored in a shell's background or by nohup are inherited
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 SMALL = dict(
     model_dim=32, num_heads=2, mlp_dim=64, vocab_size=50, vocab_multiple=8, bos_id=49,

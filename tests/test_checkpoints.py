@@ -530,6 +530,7 @@ def signalled(number, on_rank, rank):
 
 @pytest.mark.parametrize("number, ranks, every", [
     (signal.SIGTERM, 2, 5), (signal.SIGINT, 1, 5), (signal.SIGINT, 1, 0),
+    (signal.SIGHUP, 1, 5), (signal.SIGUSR1, 1, 5), (signal.SIGUSR2, 1, 5), (signal.SIGXCPU, 1, 0),
 ])  # fmt: skip
 def test_a_signal_to_one_rank_ends_all_after_the_step_with_a_checkpoint_if_they_are_on(
     s, whole, number, ranks, every
@@ -541,6 +542,15 @@ def test_a_signal_to_one_rank_ends_all_after_the_step_with_a_checkpoint_if_they_
     if ranks == 2:
         ran(replace(s, resume="auto"), ranks=2)
         assert ended_as(whole(2), s.log_dir)
+
+
+def nohup(rank):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(s, whole):
+    ran(s, nohup, partial(signalled, signal.SIGHUP, 0))
+    assert ended_as(whole(), s.log_dir)
 
 
 def dies(on_rank, rank):

@@ -192,6 +192,7 @@ def test_versions_take_the_processes_and_threads_that_this_checkout_chooses(monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PRESET", "demo")
     monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("MICROBATCHES", "2")
     cores = len(os.sched_getaffinity(0))
     several = {"NPROC": "2", "OMP_NUM_THREADS": str(cores // 2)}
     processes_here.cache_clear()

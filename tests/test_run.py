@@ -39,7 +39,7 @@ def logs(s):
 @pytest.fixture
 def race(monkeypatch, tmp_path):
     """race(losses of validations): steps trained, validated and saved after, the log's lines, exit code."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [(number, signal.getsignal(number)) for number in train_gpt.STOP_SIGNALS]
 
     def race(losses, **changes):
         values = dict(log_dir=str(tmp_path), num_iterations=10, val_loss_every=4, device="cpu") | changes
@@ -205,12 +205,55 @@ def test_a_terminal_shows_one_live_line_with_losses_speed_and_time_left(tmp_path
     assert len(STEP.findall(logs(data)[0])) == 6
 
 
+WARNING = r"WARNING: std\w+ could not be written: .*; the run goes on, and its log is "
+
+
+def full(rank):
+    """As by `> /dev/full 2>&1`."""
+    with open("/dev/full", "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+
+
+def closed(rank):
+    """As by `>&- 2>&-`."""
+    sys.stdout = sys.stderr = None
+    os.close(1)
+    os.close(2)
+
+
+def ascii_only(rank):
+    """As by PYTHONIOENCODING=ascii, which raises an error for other characters."""
+    sys.stdout = open(1, "w", encoding="ascii", errors="strict", closefd=False)
+
+
+@pytest.mark.parametrize("fault, told", [(full, 2), (closed, 0), (ascii_only, 0)])
+def test_a_console_that_fails_stops_no_run_and_the_log_has_all_and_says_so_once(data, tmp_path, fault, told):
+    s = replace(data, log_dir=str(tmp_path / "größe"))
+    shown = ran(s, fault)
+    [log] = logs(s)
+    assert "log.txt" in shown if fault == ascii_only else shown == ""
+    assert len(STEP.findall(log)) == 6 and re.search("^target_reached:", log, re.M)
+    assert len(re.findall(rf"^{WARNING}", log, re.M)) == told
+
+
 @pytest.mark.slow
-def test_a_reader_that_goes_away_ends_the_run_without_a_traceback(data):
-    command = f"set -o pipefail; {sys.executable} {ROOT / 'train_gpt.py'} | head -3"
+@pytest.mark.parametrize("redirection", ["| head -3", "> /dev/full"])
+def test_a_run_whose_output_nobody_takes_goes_on_to_its_end_and_exits_as_it_does(data, redirection):
+    """Also where Python writes what is left at its end; stderr says where the output is."""
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'train_gpt.py'} {redirection}"
     environ = environment(**overrides(data))
     done = subprocess.run(["bash", "-c", command], env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "") and done.stdout.count("\n") == 3
+    assert (done.returncode, done.stdout.count("\n")) == (0, 3 * ("head" in redirection)), done.stderr
+    assert re.fullmatch(rf"{WARNING}.*\n", done.stderr)
+    assert "\ntarget_reached:" in logs(data)[0]
+
+
+def test_a_plan_that_cannot_be_printed_is_told_on_stderr(data, run_main, monkeypatch):
+    with open("/dev/full", "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        code, _, said = run_main("--dry-run", **overrides(data))
+        assert (code, said) == (0, "stdout could not be written: [Errno 28] No space left on device\n")
 
 
 def test_a_folder_that_cannot_hold_logs_is_one_sentence(tmp_path, data, run_main):
@@ -236,11 +279,11 @@ def test_a_gpu_without_memory_left_is_one_sentence_that_names_the_settings(data)
 
 @pytest.mark.slow
 def test_the_demo_builds_its_corpus_and_reaches_its_target(tmp_path):
-    """With a process of one thread for each core, up to two."""
+    """With a process of one thread for each core that gets microbatches."""
     done = launch(PRESET="demo", DATA_PATH=tmp_path, LOG_DIR=tmp_path, NPROC=None, timeout=900)
     assert done.returncode == 0, done.stderr
     target = train_gpt.PRESETS["demo"]["target_loss"]
-    ranks = min(train_gpt.count_cores(), 2)
+    ranks = train_gpt.count_processes(replace(Settings(), **train_gpt.PRESETS["demo"]), CPU)
     assert f"\nbatch: {ranks} rank" in done.stdout
     [loss] = re.findall(rf"^target reached: validation loss (\S+), target {target:g},", done.stdout, re.M)
     assert float(loss) <= target

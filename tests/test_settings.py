@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
-from conftest import launch, overrides
+from conftest import launch, overrides, ran
 
 import train_gpt
 from train_gpt import Settings, UserError, read_settings
@@ -52,7 +53,7 @@ def test_without_preset_it_is_the_demo_unless_gpu_and_shards_are_here_and_a_line
 ):
     def chosen(gpu):
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-        s, _, line = read_settings(dict(DATA_PATH=str(tmp_path)))
+        s, _, [line] = read_settings(dict(DATA_PATH=str(tmp_path)))
         return s.vocab_size, line
 
     ids, line = chosen(gpu=False)
@@ -176,11 +177,44 @@ def test_a_name_that_is_nearly_a_settings_is_refused(name, meant):
     assert line == f"{name}: unknown setting; did you mean {meant}? Otherwise unset {name}."
 
 
-def test_names_that_have_nothing_to_do_with_settings_are_left_alone():
-    others = """PATH HOME SHELL TERM LANG OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG TORCH_LOGS TYPE
-        TORCH_COMPILE_DEBUG SPEED COMPILER MASTER_ADDR WORLD_SIZE LOCAL_RANK TORCHELASTIC_RUN_ID HF_TOKEN
-        VIRTUAL_ENV COLUMNS WINDOWID"""
-    assert settings(**dict.fromkeys(others.split(), "x")) == Settings()
+@pytest.mark.parametrize("name, value, meant", [
+    ("MODEL_DIR", "/opt/ml/model", "MODEL_DIM"),
+    ("MODEL_DIR", "models", "MODEL_DIM"),
+    ("LOGDIR", "/var/log", "LOG_DIR"),
+    ("DATAPATH", "/data", "DATA_PATH"),
+    ("DEVICES", "0,1", "DEVICE"),
+])
+def test_a_near_miss_that_is_rather_another_programs_is_a_warning(name, value, meant):
+    """A folder that many programs have, or a value that the setting cannot have."""
+    s, changed, [_, line] = read_settings({"PRESET": "speedrun", name: value})
+    assert (s, changed) == (Settings(), [])
+    expected = f"{name}: WARNING: unknown setting; did you mean {meant}? Otherwise leave {name} as it is."
+    assert line == expected
+
+
+@pytest.mark.parametrize("name, value", [
+    ("MODEL_DIR", "512"), ("NUM_ITERATION", "2e3"), ("BATCH_TOKEN", "1,2"), ("DEVICES", "cpu"),
+    ("RESUMES", "auto"), ("TRAIN_FILE", "/data/*.bin"), ("TORCH_COMPILED", "true"),
+])
+def test_a_near_miss_that_could_be_meant_is_refused(name, value):
+    (line,) = problems(**{name: value})
+    assert line.startswith(f"{name}: unknown setting; did you mean ")
+
+
+@pytest.mark.parametrize("own, other", [("TRAIN_FILES", "VAL_FILES"), ("VAL_FILES", "TRAIN_FILES")])
+def test_one_of_the_two_patterns_without_the_other_is_a_warning(own, other):
+    line = read_settings({"PRESET": "speedrun", own: "x"})[2][1]
+    assert line == (f"{own}: WARNING: set without {other}, which is {getattr(Settings(), other.lower())}: "
+                    "training and validation may be on different texts")
+    assert len(read_settings({"PRESET": "speedrun", own: "x", other: "y"})[2]) == 1
+
+
+def test_warnings_on_settings_stand_in_the_plan_on_the_console_and_in_the_log(data, run_main):
+    warning = "\nMODEL_DIR: WARNING: unknown setting;"
+    assert warning in run_main("--dry-run", MODEL_DIR="/x", **overrides(data))[1]
+    assert warning in ran(data, MODEL_DIR="/x")
+    [log] = Path(data.log_dir).glob("*/log.txt")
+    assert warning in log.read_text(encoding="utf-8")
 
 
 def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(tmp_path, run_main):
@@ -205,7 +239,8 @@ def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monke
 # ---- --help and --dry-run
 
 def test_help_shows_every_setting_with_default_and_meaning_and_the_demos():
-    done = launch("--help")
+    """Also where Python drops docstrings and asserts."""
+    done = launch("--help", PYTHONOPTIMIZE=2)
     assert done.returncode == 0 and "PRESET=frontier changes:" in done.stdout
     for f in fields(Settings):
         (default,) = re.findall(rf"^ +{f.name}: \w+ = (.+?)  # \S.+$", done.stdout, re.M)

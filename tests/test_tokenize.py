@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import resource
 import shlex
@@ -405,3 +406,18 @@ def test_the_presets_sizes_are_those_of_the_script():
     for name, found in tokenize_text.VALIDATION.items():
         s = train_gpt.Settings(**train_gpt.PRESETS[name])
         assert found == (s.val_tokens, s.val_slice_tokens)
+
+
+# ---- A console that fails
+
+@pytest.mark.parametrize("console", [
+    lambda: open("/dev/full", "w"), lambda: open(os.devnull, "w", encoding="ascii"), lambda: None,
+], ids=["full", "ascii", "closed"])
+def test_shards_are_made_whatever_the_console_takes(tmp_path, monkeypatch, console):
+    """Also into a folder whose name it lacks characters for."""
+    text = write_jsonl(tmp_path / "größe.jsonl", ["one", "two"])
+    monkeypatch.setattr(sys, "stdout", console())
+    monkeypatch.setattr(sys, "stderr", console())
+    made(text, out=tmp_path / "größe")
+    assert sorted(files_in(tmp_path / "größe")) == ["command.sh", *SHARDS]
+    assert "größe" in (tmp_path / "größe/command.sh").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 How long a training step waits for its batch, across the ends of shards.
 
     python tests/bench/bench_loader.py [--shard-tokens 100000000] [--step-ms 60]

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Measure data/tokenize_text.py: MB of text per second, from the start of the process to its end.
 
     python tests/bench/bench_tokenize.py [--tokenizer gpt2 --workers 1 2 4] [--megabytes 128] [--repeats 5]

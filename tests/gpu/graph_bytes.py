@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Count what the compiled blocks would read and write in an H100's memory. Needs no GPU.
 
     python3 -m venv VENV && VENV/bin/pip install torch==2.14.1 numpy huggingface_hub tqdm    # built for CUDA

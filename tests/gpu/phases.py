@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Run train_gpt.py, and add to its log what the time of a step goes to.
 
     python3 tests/gpu/phases.py [--profile FILE] [--variants ROUNDS]                # one process

@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 Check this machine's GPUs in one command, and leave logs and tables of what was measured.
 
     python3 tests/gpu/prove.py [--out FOLDER] [--parts NAMES] [--minutes N]    # on GPUs, five minutes

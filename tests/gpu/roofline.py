@@ -1,4 +1,5 @@
-"""
+# Assigned, since --help shows it and python -OO drops docstrings
+__doc__ = """
 What a step should cost on paper: FLOPs and bytes of each phase from the shapes in Settings, at given rates.
 
     python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured shapes-log.txt]
