@@ -10,8 +10,9 @@ validation shard must be at most 3.28 nats. Compilation, warm-up and validation 
 starts from record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); each idea's authors
 are named where it is used. Without a GPU, PRESET=demo runs a small version of the race: the same twelve
 blocks, 128 wide, on the source code of Python's standard library, with later ideas that made it faster.
-PRESET=frontier is the race with those ideas. Measured so far (records/): the demo, and the speedrun's shapes
-on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
+PRESET=frontier is record 82 (April 2026, 81.2 s): another network, optimizer and schedule, held to the
+published figures by tests/test_golden_82.py, and never run on a GPU. Measured so far (records/): the demo,
+and the speedrun's shapes on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
 vocabulary, N bands of W tokens (plain attention), S document starts. A microbatch is one packed sequence:
@@ -2779,6 +2780,9 @@ def load_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, clock
     clock.total = float(found.metadata["seconds"])
     step = int(found.metadata["step"])
     log.write(f"resumed: {found.path}, step {step}, after {clock.total:.1f} s of training")
+    incomplete = any(step % sp.row.rule.every for sp in optimizer.sharded_params)
+    if incomplete and step < log.settings.num_iterations:  # the run met its target there
+        log.write(f"resumed: WARNING: Adam's gradients of step {step}, which waited for the next one, are lost")
     return step
 
 # ----------------------------------------------------------------------------------------------------------
