@@ -2782,7 +2782,7 @@ def load_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, clock
     log.write(f"resumed: {found.path}, step {step}, after {clock.total:.1f} s of training")
     incomplete = any(step % sp.row.rule.every for sp in optimizer.sharded_params)
     if incomplete and step < log.settings.num_iterations:  # the run met its target there
-        log.write(f"resumed: WARNING: Adam's gradients of step {step}, which waited for the next one, are lost")
+        log.write(f"resumed: WARNING: Adam's gradients of step {step}, which waited for the next, are lost")
     return step
 
 # ----------------------------------------------------------------------------------------------------------
