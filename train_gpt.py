@@ -1075,8 +1075,8 @@ class GPT(Network):
         mlps = [(mlp[2 * i], mlp[2 * i + 1]) for i in range(num_mlp)]
         return attentions, mlps
 
-# Record 82, in the order in which a token meets its ideas. The records' authors stand where an idea acts; a
-# record without a name is one of the maintainers' or of several people.
+# Record 82, in the order in which a token meets its ideas. Authors are named where the pull request of the
+# record could be read.
 
 GATE_CHANNELS = 12  # of their input, that gates read
 MUDD_DIM = 64  # hidden channels of the small MLPs of record 81
@@ -1107,8 +1107,8 @@ def yarn_attn_scale(scale: float, windows: tuple[int, ...]) -> float:
         scale *= 1 + 0.2 * math.log(new / old)
     return scale
 
-# The gradient of a table is an operation of its own, PyTorch's: torch.compile would add up rows in a float32
-# table and round it to the table's dtype, which takes three times the memory traffic for these tables.
+# The gradient of a table is an operation of its own, PyTorch's: torch.compile would add up the rows in a
+# float32 table and round that to the table's dtype, which moves several times the bytes.
 
 @torch.library.custom_op("train_gpt::table_gradient", mutates_args=())
 def table_gradient(row_grads: Tensor, ids: Tensor, num_rows: int) -> Tensor:
