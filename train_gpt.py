@@ -10,8 +10,9 @@ validation shard must be at most 3.28 nats. Compilation, warm-up and validation 
 starts from record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); each idea's authors
 are named where it is used. Without a GPU, PRESET=demo runs a small version of the race: the same twelve
 blocks, 128 wide, on the source code of Python's standard library, with later ideas that made it faster.
-PRESET=frontier is the race with those ideas. Measured so far (records/): the demo, and the speedrun's shapes
-on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
+PRESET=frontier is record 82 (April 2026, 81.2 s): another network, optimizer and schedule, held to the
+published figures by tests/test_golden_82.py, and never run on a GPU. Measured so far (records/): the demo,
+and the speedrun's shapes on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
 vocabulary, N bands of W tokens (plain attention), S document starts. A microbatch is one packed sequence:
@@ -85,6 +86,7 @@ FactorsByStage = tuple[float, ...]
 class Settings:
     """All settings; the defaults are the speedrun's. The environment variable NAME sets field `name`."""
 
+    network: str = "gpt"  # gpt: record 30's and the demo's; frontier: record 82's
     # where it runs
     device: str = "auto"  # auto, cuda or cpu; auto takes CUDA if there is a GPU
     nproc: int = 0  # [processes] to start; 0: one per GPU or CPU core, as many as can share a step
@@ -115,6 +117,9 @@ class Settings:
     window_schedule: ByStage = (3, 7, 11)  # [WINDOW_BLOCK, by stage] long windows; the short ones are half
     stage_starts: ByStage = ()  # [step, by stage] first step of each stage; empty: stages of equal length
     stage_lr_factors: FactorsByStage = (1.0,)  # [by stage] of every learning rate
+    extension_steps: int = 0  # [steps] of the last stage, after the end of the schedules of rate and stages
+    final_val_window: int = 0  # [WINDOW_BLOCK] long window of the last validation; 0: that of the last stage
+    token_weights: FactorsByStage = (1.0,)  # of the losses of the next, second next, ... token; see there
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
@@ -138,6 +143,7 @@ class Settings:
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
     muon_momentum_end: float = 0.95  # Muon's momentum after MUON_MOMENTUM_STEPS
     muon_momentum_steps: int = 300  # [steps] of a linear change from the first to the second
+    muon_momentum_cooldown: int = 0  # [steps] at the end of the run, of a linear change back to the first
     adam_lr: float = 0.008  # Adam's learning rate, for all other parameters, before the multiples below
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
@@ -169,12 +175,14 @@ PRESETS = {
         muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
         adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
     ),
-    # The speedrun with changes that won in the demo, at the sizes of later records; never run on a GPU
+    # Record 82 of modded-nanogpt (April 2026: 81.2 s, 364M tokens); see FrontierGPT
     "frontier": dict(
-        num_iterations=2420, batch_tokens=(262_144,), adam_beta1=0.7,  # record 39
-        ngram_rows=251_520, ngram_dim=768,  # record 62
-        key_offset=True,  # record 49
-        equal_qk_start=True,  # no published record
+        network="frontier",
+        num_iterations=1385, extension_steps=10,
+        batch_tokens=(131_072, 262_144, 393_216, 393_216), stage_lr_factors=(1.0, 1.52, 1.73, 1.73),
+        max_seq_len=(896, 2048, 2048, 2048), window_schedule=(3, 7, 11, 13), final_val_window=20,
+        token_weights=(1.0, 0.5, 0.25), attn_scale=0.1,
+        muon_lr=0.023, muon_momentum_cooldown=50, cooldown_frac=0.6, final_lr_frac=0.15,
     ),
 }
 
@@ -200,7 +208,16 @@ def restore_settings(saved: dict) -> Settings:
     return Settings(**values)
 
 HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
-BY_STAGE = [f.name for f in fields(Settings) if f.type in (ByStage, FactorsByStage)]
+BY_STAGE = [f.name for f in fields(Settings)
+            if f.type in (ByStage, FactorsByStage) and f.name != "token_weights"]
+
+# The settings that a network does not read
+UNREAD = {
+    "gpt": {"token_weights"},
+    "frontier": {"layout", "value_embeds", "window_pattern", "gate_channels", "ngram_rows", "ngram_dim",
+                 "ngram_max", "key_offset", "equal_qk_start", "adam_beta1", "adam_beta2", "embed_lr_mult",
+                 "scalar_lr_mult"},
+}
 
 def num_stages(s: Settings) -> int:
     """As many as the longest of the settings with a value for each stage says."""
@@ -275,7 +292,9 @@ def find_contradictions(s: Settings) -> list[str]:
     each = f"for each of the {len(words)} words of LAYOUT"
     count = num_stages(s)
     starts = s.stage_starts
+    frontier = s.network == "frontier"
     rows = [  # (setting, whether it fits, what is expected)
+        ("network", s.network in UNREAD, " or ".join(UNREAD)),
         ("device", s.device in ("auto", "cuda", "cpu"), "auto, cuda or cpu"),
         ("dtype", s.dtype in ("bfloat16", "float32"), "bfloat16 or float32"),
         ("layout", {*"AM"} <= {*s.layout} and all(re.fullmatch(word, w) for w in words),
@@ -299,6 +318,10 @@ def find_contradictions(s: Settings) -> list[str]:
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
+        ("num_heads", s.num_heads % 2 == 0 or not frontier, "an even number, for paired heads"),
+        ("model_dim", s.model_dim >= 12 or not frontier, "at least 12, which gates read"),
+        ("extension_steps", s.extension_steps < s.num_iterations, f"below NUM_ITERATIONS={s.num_iterations}"),
+        ("extension_steps", not s.extension_steps or count > 1 or starts, "0, or settings of several stages"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("equal_qk_start", s.key_offset or not s.equal_qk_start, "0, or KEY_OFFSET=1 beside it"),
@@ -352,6 +375,11 @@ def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
             problems.append(f"{name}: expected {expected}, found {environ[name]!r}.")
             wrong.add(name)
     settings = Settings(**values)
+    for name in overrides:
+        if name in UNREAD.get(settings.network, ()):
+            network = settings.network
+            problems.append(f"{name.upper()}: expected no value, since NETWORK={network} does not read it, "
+                            f"found {environ[name.upper()]!r}; unset it.")
     if preset in PRESETS:  # skip cross-checks that involve a value which failed to parse
         problems += [c for c in find_contradictions(settings) if not wrong & set(re.findall(r"\w+", c))]
     else:
@@ -392,6 +420,7 @@ class Stage(NamedTuple):
     long_window: int  # [tokens]
     short_window: int  # [tokens]
     lr_factor: float  # of every learning rate; the cooldown leads from it to final_lr_frac
+    yarn_windows: tuple[int, ...] = ()  # [tokens] the long windows so far, to which YaRN has adapted
 
 class Step(NamedTuple):
     """What one step is told. The validation after n steps uses the stage of step n, which is about to run;
@@ -400,35 +429,58 @@ class Step(NamedTuple):
     stage: Stage
     lr_factor: float  # of every learning rate
     momentum: float  # Muon's
+    token_weights: tuple[float, ...] = (1.0,)  # of the losses of the next, second next, ... token
+    tied: bool = True  # whether a tied parameter is still a copy
+
+def stage_starts(s: Settings) -> list[int]:
+    """The first step of each stage."""
+    count = num_stages(s)
+    if s.stage_starts:
+        return list(s.stage_starts)
+    if s.extension_steps:  # the last stage (record 35, @classiclarryd)
+        scheduled = s.num_iterations - s.extension_steps
+        return [round(scheduled * k / (count - 1)) for k in range(count)]
+    return [-(-(s.num_iterations + 1) * k // count) for k in range(count)]
 
 def make_stages(s: Settings) -> list[Stage]:
-    """The stages of the run (long and short windows: @leloykun; growing windows: @varunneal)."""
-    count = num_stages(s)
-    starts = s.stage_starts or [-(-(s.num_iterations + 1) * k // count) for k in range(count)]
-
+    """The stages of the run (long and short windows: @leloykun; growing windows: @varunneal; growing batches:
+    record 46, @varunneal)."""
     def value(values: tuple, k: int):
         return values[k] if len(values) > 1 else values[0]
 
     stages = []
-    for k in range(count):
+    for k, first_step in enumerate(stage_starts(s)):
         window = value(s.window_schedule, k)
+        long_window = window * s.window_block
         stages.append(Stage(
-            first_step=starts[k],
+            first_step=first_step,
             batch_tokens=value(s.batch_tokens, k),
             max_seq_len=value(s.max_seq_len, k),
-            long_window=window * s.window_block,
+            long_window=long_window,
             short_window=window // 2 * s.window_block,
             lr_factor=value(s.stage_lr_factors, k),
+            yarn_windows=(*(stage.long_window for stage in stages), long_window),
         ))
+    if s.final_val_window:  # record 35, @classiclarryd: only validated, and YaRN does not adapt to it
+        last_window = s.final_val_window * s.window_block
+        stages.append(stages[-1]._replace(first_step=s.num_iterations, long_window=last_window))
     return stages
 
 def make_schedule(s: Settings) -> list[Step]:
     """Steps 0 to NUM_ITERATIONS; the last is only validated."""
     stages = make_stages(s)
+    last_tied = math.ceil(2 / 3 * (s.num_iterations - s.extension_steps)) // 2 * 2 + 1
     steps = []
     for number in range(s.num_iterations + 1):
         stage = [stage for stage in stages if stage.first_step <= number][-1]
-        steps.append(Step(number, stage, lr_factor(number, stage.lr_factor, s), muon_momentum(number, s)))
+        steps.append(Step(
+            number=number,
+            stage=stage,
+            lr_factor=lr_factor(number, stage.lr_factor, s),
+            momentum=muon_momentum(number, s),
+            token_weights=token_weights(number, stages, s),
+            tied=number <= last_tied,  # the first odd step at or after two thirds (record 53)
+        ))
     return steps
 
 def stages_of(steps: list[Step]) -> list[Stage]:
@@ -442,17 +494,36 @@ def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> 
     return stages[first:stages.index(entered) + 1]
 
 def lr_factor(number: int, factor: float, s: Settings) -> float:
-    """The stage's factor, then linear down to final_lr_frac over the last cooldown_frac of the run."""
-    left = (s.num_iterations - number) / s.num_iterations
+    """The stage's factor, then linear down to final_lr_frac over the last cooldown_frac of the schedule."""
+    scheduled = s.num_iterations - s.extension_steps
+    left = max(scheduled - number, 0) / scheduled
     if left >= s.cooldown_frac:
         return factor
     done = 1 - left / s.cooldown_frac
     return factor * (1 - done) + s.final_lr_frac * done
 
 def muon_momentum(number: int, s: Settings) -> float:
-    """Linear over the first muon_momentum_steps."""
+    """Linear over the first muon_momentum_steps; back over the last muon_momentum_cooldown (record 39)."""
     done = min(number / s.muon_momentum_steps, 1) if s.muon_momentum_steps else 1
+    left = s.num_iterations - number
+    if left < s.muon_momentum_cooldown:
+        done = min(done, left / s.muon_momentum_cooldown)
     return (1 - done) * s.muon_momentum_start + done * s.muon_momentum_end
+
+def token_weights(number: int, stages: list[Stage], s: Settings) -> tuple[float, ...]:
+    """TOKEN_WEIGHTS, of which each stage fades out the last that is left, but never the first (record 53,
+    @varunneal): with three weights, (1, b, c -> 0), then (1, b -> 0, 0), then (1, 0, 0)."""
+    begun = [stage.first_step for stage in stages if stage.first_step <= number]
+    left = len(s.token_weights) - len(begun)  # the number of the weight that fades out
+    weights = list(s.token_weights)
+    for k in range(1, len(weights)):
+        if k > left:
+            weights[k] = 0.0
+    if left > 0:
+        ends = [stage.first_step for stage in stages if stage.first_step > number]
+        length = (ends[0] if ends else s.num_iterations) - begun[-1]
+        weights[left] *= 1 - (number - begun[-1]) / length
+    return tuple(weights)
 
 # ----------------------------------------------------------------------------------------------------------
 # Rules: how a parameter is updated
@@ -464,46 +535,102 @@ def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
     """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols)."""
     return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
 
-def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
-    """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
-    Five steps of Muon's quintic (kellerjordan.github.io/posts/muon) bring singular values to 1 +- 0.3."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
+class Orthogonaliser(NamedTuple):
+    """Steps X <- a X + (b A + c A A) X, A = X X^T, that bring singular values near 1."""
+    coefficients: tuple[tuple[float, float, float], ...]  # (a, b, c) of each step
+    margin: float  # X starts as G / (margin |G| + eps): rounding must take no singular value above 1
+    eps: float
+
+# Muon's quintic (kellerjordan.github.io/posts/muon), steepest at zero among those whose values stay near 1,
+# brings singular values to 1 +- 0.3. Polar Express (Amsel et al., 2025; record 38) has the best polynomial
+# for each step.
+NEWTON_SCHULZ = Orthogonaliser(((3.4445, -4.7750, 2.0315),) * 5, margin=1.0, eps=1e-7)
+POLAR_EXPRESS = Orthogonaliser((
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+), margin=1.02, eps=1e-6)
+
+def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT,
+                  method: Orthogonaliser = NEWTON_SCHULZ) -> Tensor:
+    """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`."""
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
+    X = X / (method.margin * X.norm(dim=(-2, -1), keepdim=True) + method.eps)
+    for a, b, c in method.coefficients:
         A = XXT(X)
         B = XXT(A, base=A, alpha=c, beta=b)
         X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
+def mean_square(X: Tensor) -> Tensor:
+    """Of each row of tall and square matrices, (n, rows, 1), of each column of wide ones, (n, 1, cols)."""
+    return X.square().mean(-1 if X.size(-2) >= X.size(-1) else -2, keepdim=True)
+
 class Muon(NamedTuple):
     """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
     lr: float
-    dtype: torch.dtype  # of Newton-Schulz
+    dtype: torch.dtype  # of the orthogonalisation
     XXT: Callable = XXT
+    method: Orthogonaliser = NEWTON_SCHULZ
+    beta2: float = 0.0  # decay of the second moment of the directions (NorMuon); 0: none
+    cautious_decay: float = 0.0  # as in Adam, times the rate and lr * lr_factor
+    every = 1  # of so many steps, the rule takes one
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
-        return dict(momentum_buffer=torch.zeros_like(p))
+        state = dict(momentum_buffer=torch.zeros_like(p))
+        if self.beta2:
+            state["second_moment"] = torch.zeros_like(mean_square(p))
+        return state
 
     def update(self, p: Tensor, grad: Tensor, state, step: Step, factors: Tensor | None = None) -> None:
         """p, grad: (n, rows, cols). factors: (n, 1, 1), of each matrix's learning rate. grad is used up."""
+        lr = self.lr * step.lr_factor
         buffer = state["momentum_buffer"].lerp_(grad, 1 - step.momentum)
-        direction = newton_schulz(grad.lerp_(buffer, step.momentum), self.dtype, self.XXT)
-        rows, cols = direction.shape[-2:]
+        direction = newton_schulz(grad.lerp_(buffer, step.momentum), self.dtype, self.XXT, self.method)
+        if self.beta2:
+            direction = self.even_out(direction.float(), state["second_moment"])
+        if self.cautious_decay:  # record 43, @varunneal; >=: a matrix without a gradient decays
+            direction = direction + lr * self.cautious_decay * p * (direction * p >= 0)
         if factors is not None:
             direction = direction * factors
-        p.add_(direction, alpha=-self.lr * step.lr_factor * max(1, rows / cols) ** 0.5)
+        rows, cols = direction.shape[-2:]
+        p.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
+
+    def even_out(self, direction: Tensor, second_moment: Tensor) -> Tensor:
+        """The directions, float32, with rows (columns) of equal size over time, and the norm that they had
+        (NorMuon, Li et al., 2025; record 41, @zichongli5)."""
+        second_moment.lerp_(mean_square(direction), 1 - self.beta2)
+        even = direction * second_moment.clamp_min(1e-10).rsqrt()
+        norm, even_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (direction, even))
+        return even * (norm / even_norm.clamp_min(1e-10))
 
 ADAM_EPS = 1e-10
 
+def cautious_adam(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rate: Tensor,
+                  correction: Tensor, betas: tuple[float, float], decay: float) -> None:
+    """An update of Adam in place, with weight decay, times the square of the rate, where the step shrinks the
+    weight (Liang et al., 2024). rate: () or that of each row; correction: (), for moments that began at 0."""
+    grad = grad.float()
+    mean = exp_avg.float().lerp(grad, 1 - betas[0])
+    square = exp_avg_sq.float().lerp(grad.square(), 1 - betas[1])
+    exp_avg.copy_(mean)
+    exp_avg_sq.copy_(square)
+    update = rate * correction * mean / (square.sqrt() + ADAM_EPS)
+    weight = p.float()
+    p.copy_(weight - update - rate * rate * decay * weight * (update * weight > 0))
+
 class Adam(NamedTuple):
     """Adam (Kingma and Ba, 2015), computed in float32 and rounded once when it is stored. State has the
-    parameter's dtype. ADAM_EPS is added to the root of the uncorrected second moment. cautious_decay: weight
-    decay, times the square of the rate, where the step shrinks the weight (Liang et al., 2024)."""
+    parameter's dtype. ADAM_EPS is added to the root of the uncorrected second moment. every: steps that share
+    an update (record 39): until it is due, gradients add up in p.grad, on each rank."""
     lr: float
     betas: tuple[float, float]
     cautious_decay: float = 0.0
+    every: int = 1
+    cautious_adam: Callable = cautious_adam
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         return dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -511,25 +638,21 @@ class Adam(NamedTuple):
     def update(self, p: Tensor, grad: Tensor, state, step: Step, factors: Tensor | None = None) -> None:
         """p, grad: (n, ...). factors: (n, ...), of the learning rate of each row."""
         beta1, beta2 = self.betas
-        number = step.number + 1
+        number = (step.number + 1) // self.every  # of this update, from 1
         lr = self.lr * step.lr_factor
         if self.cautious_decay == 0 and factors is None:  # PyTorch's fused kernel: one pass
             eps = ADAM_EPS / (1 - beta2**number) ** 0.5  # added there to the root of the corrected moment
-            steps_done = torch.full((), step.number, dtype=torch.float32, device=p.device)
+            steps_done = torch.full((), number - 1, dtype=torch.float32, device=p.device)
             adam([p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [steps_done], fused=True,
                  amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
             return
-        grad = grad.float()
-        exp_avg = state["exp_avg"].float().lerp(grad, 1 - beta1)
-        exp_avg_sq = state["exp_avg_sq"].float().lerp(grad.square(), 1 - beta2)
-        state["exp_avg"].copy_(exp_avg)
-        state["exp_avg_sq"].copy_(exp_avg_sq)
-        rate = lr if factors is None else lr * factors
-        correction = (1 - beta2**number) ** 0.5 / (1 - beta1**number)
-        update = rate * correction * exp_avg / (exp_avg_sq.sqrt() + ADAM_EPS)
-        weight = p.float()
-        decay = rate * rate * self.cautious_decay * weight * (update * weight > 0)
-        p.copy_(weight - update - decay)
+        # as tensors, so that torch.compile makes no graph for each of their values
+        rate = torch.full((), lr, device=p.device)
+        correction = torch.full((), (1 - beta2**number) ** 0.5 / (1 - beta1**number), device=p.device)
+        if factors is not None:
+            rate = rate * factors
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        self.cautious_adam(p, grad, *moments, rate, correction, self.betas, self.cautious_decay)
 
 class Row(NamedTuple):
     """A parameter, declared once: the model, its initial values and the optimizer read it here. A parameter
@@ -539,6 +662,7 @@ class Row(NamedTuple):
     init: Callable[[Tensor, torch.Generator], None]  # fills the float32 values, which are zero
     dtype: torch.dtype = torch.float32
     tiny: bool = False  # every rank updates all of it; all tiny parameters share one all_reduce
+    copy_of: str = ""  # the parameter to which it is tied, as a copy, from the start up to the last Step.tied
     factors: tuple[float, ...] = ()  # of the learning rate, for each of the first axis
 
 def zeros(values: Tensor, generator: torch.Generator) -> None:
@@ -547,16 +671,37 @@ def zeros(values: Tensor, generator: torch.Generator) -> None:
 def standard_normal(values: Tensor, generator: torch.Generator) -> None:
     values.normal_(generator=generator)
 
+def normal(std: float) -> Callable:
+    """Initial values from a normal distribution."""
+    def init(values: Tensor, generator: torch.Generator) -> None:
+        values.normal_(std=std, generator=generator)
+    return init
+
+def uniform(bound: float) -> Callable:
+    """Initial values from a uniform distribution in +-bound."""
+    def init(values: Tensor, generator: torch.Generator) -> None:
+        values.uniform_(-bound, bound, generator=generator)
+    return init
+
+def constant(start: float | tuple[float, ...]) -> Callable:
+    """These initial values."""
+    def init(values: Tensor, generator: torch.Generator) -> None:
+        values[:] = torch.tensor(start)
+    return init
+
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
-def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(head_dim: int) -> Tensor:
+    """(K // 4,), radians a token: (1/1024)^(j/(n-1)), j = 0 .. n-1 (modded-nanogpt, @YouJiacheng)."""
+    return (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+
+def rotary_cos_sin(num_tokens: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos, (T, 1, 1, K // 2), and sin and -sin, (T, 1, 2, K // 2), of every position's angles, float32.
-    Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
-    token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
-    n = head_dim // 4
-    frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
-    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None, None]
+    Half-truncated RoPE: of the K // 2 pairs, the first half have a frequency; the others do not rotate."""
+    frequencies = torch.cat((frequencies, torch.zeros_like(frequencies)))
+    positions = torch.arange(num_tokens, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(positions, frequencies)[:, None, None]
     sin = angles.sin()
     return angles.cos(), torch.cat((sin, -sin), dim=-2)
 
@@ -693,6 +838,7 @@ class Kernels(NamedTuple):
     head_loss: Callable = softcapped_loss
     XXT: Callable = XXT
     compiled: bool = False  # whether torch.compile writes the blocks' kernels
+    cautious_adam: Callable = cautious_adam
 
 class Block(NamedTuple):
     """One block of the network."""
@@ -729,23 +875,45 @@ def parse_layout(s: Settings) -> list[Block]:
         blocks.append(Block(sublayers, value_embed, s.window_pattern[i] == "L", skip_from))
     return blocks
 
-class GPT(nn.Module):
-    """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
-    all-gather for each bank. Unless a parameter is tiny, its first axis is rounded up to a multiple of
-    world_size: each rank owns an equal share, and what is added stays zero."""
+class Network(nn.Module):
+    """What the networks share: a parameter for each row, rotary tables, and how the loop calls them. The
+    matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and all-gather for each
+    bank. Unless a parameter is tiny, its first axis is rounded up to a multiple of world_size: each rank owns
+    an equal share, and what is added stays zero."""
+    plain_kernels = Kernels()
+    positions_per_token = 1  # that the rotary tables have
+
     def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
         super().__init__()
         self.settings = s
         self.kernels = kernels
-        self.blocks = parse_layout(s)
         self.rows = self.declare_parameters(s, kernels)
         for name, row in self.rows.items():
             first = row.shape[0] if row.tiny else round_up(row.shape[0], world_size)
             self.register_parameter(name, nn.Parameter(torch.empty(first, *row.shape[1:], dtype=row.dtype)))
-        most_tokens = max(max(s.batch_tokens) // s.microbatches, s.val_slice_tokens)
-        cos, sin = rotary_cos_sin(most_tokens, s.model_dim // s.num_heads)
+        self.most_tokens = max(max(s.batch_tokens) // s.microbatches, s.val_slice_tokens)
+        frequencies = rotary_frequencies(s.model_dim // s.num_heads)
+        cos, sin = rotary_cos_sin(self.positions_per_token * self.most_tokens, frequencies)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    device = property(lambda self: self.lm_head.device)
+
+    def enter_stage(self, stage: Stage) -> None:
+        """What changes when a stage begins, beyond its batch, windows and rate: here nothing. It may change
+        buffers only: the warm-up puts them back. Called for each stage in turn, and again for all that have
+        begun when a run resumes."""
+
+    def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the next token's loss for the log; both summed over the tokens."""
+        loss = self(*batch, step.stage)
+        return loss, loss.detach()
+
+class GPT(Network):
+    """Record 30's network, and the demo's three ideas, off by default."""
+    def __init__(self, s: Settings, kernels: Kernels, world_size: int = 1):
+        super().__init__(s, kernels, world_size)
+        self.blocks = parse_layout(s)
 
     @staticmethod
     def declare_parameters(s: Settings, kernels: Kernels) -> dict[str, Row]:
@@ -796,11 +964,6 @@ class GPT(nn.Module):
         scalars = len(s.layout.split()), len(BlockScalars._fields)
         rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), init_scalars, tiny=True)
         return rows
-
-    def enter_stage(self, stage: Stage) -> None:
-        """What changes when a stage begins, beyond its batch, windows and rate: nothing in this network. It
-        may change buffers only: the warm-up puts them back. Called for each stage in turn, and again for all
-        that have begun when a run resumes."""
 
     def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
                 stage: Stage) -> Tensor:
@@ -866,6 +1029,9 @@ class GPT(nn.Module):
             y = y * torch.sigmoid(gate_logits).unsqueeze(-1)
         return F.linear(y.flatten(1), w_o)
 
+    def logits(self, x: Tensor) -> Tensor:
+        return softcapped_logits(x, self.lm_head)
+
     def look_up_embed(self, inputs: Tensor) -> Tensor:
         """The embedding, (T, D), and in its first channels the sum of the rows for the last 2, 3, ... tokens.
         (Bigrams: record 62 of modded-nanogpt, which adds them before every block. In the demo, whose tokens
@@ -909,14 +1075,377 @@ class GPT(nn.Module):
         mlps = [(mlp[2 * i], mlp[2 * i + 1]) for i in range(num_mlp)]
         return attentions, mlps
 
+# Record 82, in the order in which a token meets its ideas. Authors are named where the pull request of the
+# record could be read.
+
+GATE_CHANNELS = 12  # of their input, that gates read
+MUDD_DIM = 64  # hidden channels of the small MLPs of record 81
+BIGRAM_FACTORS = 36313, 27191  # of a token and the one before it, in the hash
+
+# The attention of blocks 0 to 10. P: paired heads in a short window (record 58); S: a short window; L: a long
+# one, with key offset; -: none. All but P leave out a share of a token's own value.
+ATTENTIONS = "PSPLSP-SSPL"
+VALUE_TABLES = {1: 0, 2: 1, 8: 2, 9: 3}  # block -> its table (records 63 and 70); block 10 has the fifth
+MUDD_STARTS = (  # of the coefficients of the last block and of the head's input, before the scale of 0.1
+    *(0.0,) * 6, 20.0, 20.0, 10 * 1.1**0.5, 10.0, 0.0, 0.5, 10 * 1.1**0.5, 10.0,
+    0.0, -5.0, 0.0, 0.0, 0.0,
+)
+
+def yarn(frequencies: Tensor, windows: tuple[int, ...]) -> Tensor:
+    """Rotary frequencies after the long window has grown to each of `windows` [tokens] in turn. A channel
+    that turns less than once in the old window slows down as the window grows, one that turns more than 32
+    times stays (YaRN, Peng et al., 2023; record 31)."""
+    for old, new in zip(windows, windows[1:]):
+        turns = old * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / 31).clamp(0, 1)
+        frequencies = frequencies * (old / new + kept * (1 - old / new))
+    return frequencies
+
+def yarn_attn_scale(scale: float, windows: tuple[int, ...]) -> float:
+    """The factor of q.k, which grows with the window, too."""
+    for old, new in zip(windows, windows[1:]):
+        scale *= 1 + 0.2 * math.log(new / old)
+    return scale
+
+# The gradient of a table is an operation of its own, PyTorch's: torch.compile would add up the rows in a
+# float32 table and round that to the table's dtype, which moves several times the bytes.
+
+@torch.library.custom_op("train_gpt::table_gradient", mutates_args=())
+def table_gradient(row_grads: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(row_grads, ids, num_rows, -1, False)
+
+@table_gradient.register_fake
+def _(row_grads, ids, num_rows):
+    return row_grads.new_empty(num_rows, row_grads.size(-1))
+
+class LookUp(torch.autograd.Function):
+    """The rows `ids` of a table."""
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, row_grads: Tensor):
+        return table_gradient(row_grads.contiguous(), ctx.saved_tensors[0], ctx.num_rows), None
+
+def smear(e: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
+    """Each embedding, plus a gated share of the one before it, across documents (record 34,
+    @classiclarryd)."""
+    share = factor * torch.sigmoid(F.linear(e[1:, :GATE_CHANNELS], gate))
+    return torch.cat((e[:1], e[1:] + share * e[:-1]))
+
+def bigram_rows(inputs: Tensor, num_rows: int) -> Tensor:
+    """The row of each token and the one before it, (T,) int32, by a hash in 32 bits (record 62,
+    @classiclarryd). The first token has the last row, which is also the second one's predecessor."""
+    last = num_rows - 1
+    first = torch.full_like(inputs[:1], last)
+    before = torch.cat((first, inputs[1:-1]))
+    rows = (BIGRAM_FACTORS[0] * inputs[1:]) ^ (BIGRAM_FACTORS[1] * before)
+    return torch.cat((first, rows % last))
+
+def skip_share(x0: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
+    """(T, 1): how much of the stream after block 3 each token takes (record 45; gate: 55, @classiclarryd)."""
+    return 2 * torch.sigmoid(factor) * torch.sigmoid(F.linear(x0[:, :GATE_CHANNELS], gate))
+
+def gated_values(a: Tensor, ve: Tensor, gate: Tensor) -> Tensor:
+    """A value embedding, (T, H, K), times a share for each head. Half of a gate's channels read the
+    attention's input, and half the value embedding (records 55 and 70)."""
+    half = GATE_CHANNELS // 2
+    share = 2 * torch.sigmoid(F.linear(torch.cat((a[:, :half], ve[:, :half]), dim=1), gate))
+    return share.unsqueeze(-1) * ve.unflatten(1, (gate.size(0), -1))
+
+def leave_out_own_value(y: Tensor, v: Tensor, strength: Tensor) -> Tensor:
+    """Attention's output, (T, H, K), without a learned share of its part along the token's own value: the
+    residual stream has that already (Zhai, 2026; record 82, @djdumpling). strength: (H,)."""
+    v = v.float()
+    direction = v / v.norm(dim=-1, keepdim=True).clamp_min(1e-4)
+    along = (y * direction).sum(-1, keepdim=True)
+    return (y - torch.tanh(strength).unsqueeze(-1) * along * direction).type_as(y)
+
+# MUDD (Xiao et al., 2025; record 81, @Lisennlp): the last block and the head mix streams that were saved,
+# each token by coefficients of its own.
+
+def mudd_coefficients(x: Tensor, w_in: Tensor, w_out: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """n coefficients, (T, 1) float32 each, by a small MLP. x: (T, D); w_in: (MUDD_DIM, D)."""
+    hidden = F.gelu(F.linear(x, w_in.type_as(x)))
+    return (0.1 * (F.linear(hidden, w_out.type_as(x)).float() + bias)).split(1, dim=1)
+
+def mix_last_block(m: tuple[Tensor, ...], c0: Tensor, c7: Tensor, x: Tensor, ve: Tensor):
+    """What is added to the values of the last attention, and the stream beside it, (T, D) each. c0, c7:
+    streams before block 0 and after block 7; ve: a value embedding, whose halves have a coefficient each."""
+    first, second = ve.chunk(2, dim=1)
+    u = torch.cat((m[6] * first, m[7] * second), dim=1) + m[0] * c0 + m[1] * c7 + m[2] * x
+    return u.type_as(x), ((1 + m[5]) * x + m[3] * c0 + m[4] * c7).type_as(x)
+
+def lifted_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """23 * sigmoid((x @ weight.T + 5) / 7.5), float32: a cap with more room below zero (record 54,
+    @classiclarryd). x: (..., D) in the activations' dtype; weight: (V, D), the float32 master."""
+    return 23 * torch.sigmoid((F.linear(x, weight.type_as(x)).float() + 5) / 7.5)
+
+def multi_token_loss(x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    """The cross-entropies of the next, second next, ... token, each times its weight, and that of the next
+    one alone; both summed over the tokens, float32 (record 53, @varunneal). The same logits predict all of
+    them; the last rows have fewer. x: (T, D); targets: (T,) int64; token_weights: (n,) float32."""
+    logits = lifted_logits(x, weight)
+    log_sums = logits.logsumexp(-1)
+    losses = []
+    for ahead in range(len(token_weights)):
+        num_rows = len(x) - ahead
+        target_logits = logits[:num_rows].gather(1, targets[ahead:, None]).squeeze(1)
+        losses.append((log_sums[:num_rows] - target_logits).sum())
+    return (token_weights * torch.stack(losses)).sum(), losses[0].detach()
+
+def frontier_adam(s: Settings, lr_mult: float, betas: tuple[float, float], decay: float = 0.0) -> Adam:
+    """The rule of everything but the matrices: an update every two steps (record 39, @classiclarryd), betas
+    for each kind (records 52 to 57, @chrisjmccormick and others), cautious decay (record 50, @shenberg)."""
+    return Adam(s.adam_lr * lr_mult, betas, 0.005 * decay, every=2)
+
+class BlockWeights(NamedTuple):
+    """The matrices of one block of FrontierGPT, in the activations' dtype."""
+    up: Tensor  # (hidden, D)
+    down: Tensor  # (hidden, D)
+    qkv: Tensor | None = None  # (3 D, D)
+    out: Tensor | None = None  # (D, D)
+    gate: Tensor | None = None  # (H, GATE_CHANNELS)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return ReluSquared.apply(F.linear(norm(x), self.up)) @ self.down
+
+class FrontierGPT(Network):
+    """Record 82's network: eleven blocks, no. 6 without attention."""
+    plain_kernels = Kernels(head_loss=multi_token_loss)
+    positions_per_token = 2  # for paired heads
+
+    @staticmethod
+    def declare_parameters(s: Settings, kernels: Kernels) -> dict[str, Row]:
+        """name -> row, in the order in which initial values are drawn. Tables and their state have the
+        activations' dtype, as in record 30; all other parameters and their state are float32."""
+        dim = s.model_dim
+        vocab = s.padded_vocab
+        num_blocks = len(ATTENTIONS)
+        num_attn = num_blocks - ATTENTIONS.count("-")
+        num_pairs = 2 * num_attn * s.num_heads // 2
+        bound = 3**0.5 * 0.5 * dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
+
+        def init_mlp(values: Tensor, generator: torch.Generator) -> None:
+            """The first matrix of each MLP; the second starts at zero."""
+            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
+
+        mlp_factors = (1.0, 2.0) * num_blocks  # the rate of the second matrix is twice that of the first
+        head = frontier_adam(s, 1, (0.5, 0.95), 150)._replace(cautious_adam=kernels.cautious_adam)
+        tables = frontier_adam(s, 75, (0.75, 0.95), 5)._replace(cautious_adam=kernels.cautious_adam)
+        muon = Muon(s.muon_lr, s.torch_dtype, kernels.XXT, POLAR_EXPRESS, beta2=0.9, cautious_decay=1.2)
+        return {
+            "lm_head": Row((vocab, dim), head, normal(0.005)),
+            "embed": Row((vocab, dim), head, zeros, copy_of="lm_head"),  # tied: record 51, @varunneal
+            "value_embeds": Row((5 * vocab, dim), tables, normal(0.01), s.torch_dtype),
+            "bigram_embed": Row((5 * vocab, dim), tables, zeros, s.torch_dtype),
+            # queries and keys of each attention; Muon takes them in pairs of heads (record 80, @samacqua)
+            "qk_bank": Row((num_pairs, 2 * dim // s.num_heads, dim), muon, uniform(bound)),
+            "vo_bank": Row((2 * num_attn, dim, dim), muon, uniform(bound)),
+            # both matrices of each MLP as (hidden, D)
+            "mlp_bank": Row((2 * num_blocks, s.mlp_dim, dim), muon, init_mlp, factors=mlp_factors),
+            **FrontierGPT.declare_small_parameters(s, num_attn, num_blocks - 1),
+        }
+
+    @staticmethod
+    def declare_small_parameters(s: Settings, num_attn: int, num_blocks: int) -> dict[str, Row]:
+        """The gates (which left Muon in record 56, @chrisjmccormick) and scalars; num_blocks: those before
+        the last one."""
+        heads = s.num_heads
+        num_own = num_attn - ATTENTIONS.count("P")
+        gates = frontier_adam(s, 1, (0.9, 0.99), 1)
+        scalars = frontier_adam(s, 5, (0.9, 0.99))
+        residuals = frontier_adam(s, 5, (0.9, 0.95))
+        additions = frontier_adam(s, 1, (0.9, 0.95))
+        small_mlp = frontier_adam(s, 0.25, (0.9, 0.99), 1)
+        mudd_bias = frontier_adam(s, 0.25, (0.9, 0.99))
+        smear_gate = frontier_adam(s, 0.01, (0.9, 0.99))
+        skip_gate = frontier_adam(s, 0.05, (0.9, 0.99))
+        rows = {
+            "attn_gates": Row((num_attn, heads, GATE_CHANNELS), gates, zeros),
+            "value_gates": Row((len(VALUE_TABLES), heads, GATE_CHANNELS), gates, zeros),
+            "smear_gate": Row((1, GATE_CHANNELS), smear_gate, zeros),
+            "skip_gate": Row((1, GATE_CHANNELS), skip_gate, zeros),
+            "qkv_factors": Row((num_attn,), scalars, constant(0.5)),
+            "out_factors": Row((num_attn,), scalars, constant(1.0)),
+            "smear_factor": Row((1,), scalars, zeros),
+            "skip_factor": Row((1,), scalars, constant(-1.5)),
+            # of the stream, and of what attention and MLP add to it
+            "resid_factors": Row((num_blocks, 2), residuals, constant(1.1**0.5)),
+            "post_factors": Row((num_blocks, 2), additions, constant(1.0)),
+            "x0_factors": Row((num_blocks,), additions, zeros),
+            "bigram_factors": Row((num_blocks,), additions, constant(0.05)),
+            "own_value_strengths": Row((num_own, heads), additions, zeros),
+            # the last block's, then the head's
+            "mudd_in": Row((2, MUDD_DIM, s.model_dim), small_mlp, uniform(s.model_dim**-0.5)),
+            "mudd_out": Row((len(MUDD_STARTS), MUDD_DIM), small_mlp, zeros),
+            "mudd_bias": Row((len(MUDD_STARTS),), mudd_bias, constant(MUDD_STARTS)),
+        }
+        return {name: row._replace(tiny=True) for name, row in rows.items()}
+
+    @torch.no_grad()
+    def enter_stage(self, stage: Stage) -> None:
+        """The rotary tables follow the long window."""
+        head_dim = self.settings.model_dim // self.settings.num_heads
+        frequencies = yarn(rotary_frequencies(head_dim).to(self.device), stage.yarn_windows)
+        for table, new in zip((self.cos, self.sin), rotary_cos_sin(len(self.cos), frequencies)):
+            table.copy_(new)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return lifted_logits(x, self.lm_head)
+
+    def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
+        x = self.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
+        weights = torch.stack([torch.full((), w, device=self.device) for w in step.token_weights])
+        return self.kernels.head_loss(x, self.lm_head, batch.targets, weights)
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                stage: Stage) -> Tensor:
+        """Cross-entropy of the next token in nats, summed over the tokens, a float32 scalar."""
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
+        chunks = zip(x.split(8192), targets.split(8192))  # to save memory
+        losses = [F.cross_entropy(self.logits(part), target, reduction="sum") for part, target in chunks]
+        return torch.stack(losses).sum()
+
+    def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
+        """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
+        dtype = self.settings.torch_dtype
+        attend = self.prepare_attention(len(inputs), cu_seqlens, max_seqlen, stage)
+        weights = self.split_banks()
+        ve = self.look_up_value_embeds(inputs)
+        bigrams = LookUp.apply(self.bigram_embed, bigram_rows(inputs, self.rows["bigram_embed"].shape[0]))
+        e = LookUp.apply(self.embed, inputs).to(dtype)
+        x0 = norm(smear(e, self.smear_gate.to(dtype), self.smear_factor[0]))
+        resid_attn, resid_mlp = self.resid_factors.unbind(1)
+        post_attn, post_mlp = self.post_factors.unbind(1)
+
+        def block(i: int, x: Tensor, a: Tensor) -> Tensor:
+            """Attention, which reads a, then the MLP. x0 and the bigrams enter each block."""
+            u = None
+            if i in VALUE_TABLES:
+                table = VALUE_TABLES[i]
+                u = gated_values(a, ve[table], self.value_gates[table].to(dtype))
+            y = self.attention(i, a, u, weights[i], attend)
+            x = resid_attn[i] * x + post_attn[i] * y + self.x0_factors[i] * x0
+            if i > 0:  # block 0 starts with them
+                x = x + self.bigram_factors[i] * bigrams
+            return mlp_half(i, x)
+
+        def mlp_half(i: int, x: Tensor) -> Tensor:
+            return resid_mlp[i] * x + post_mlp[i] * weights[i].mlp(x)
+
+        x = c0 = x0 + self.bigram_factors[0] * bigrams
+        for i in (0, 1, 2, 3):
+            x = block(i, x, norm(x))
+        c3 = x
+        for i in (4, 5):
+            x = block(i, x, norm(x))
+        skip = skip_share(x0, self.skip_gate.to(dtype), self.skip_factor[0])
+        x = mlp_half(6, x + skip * c3)  # block 6 has no attention
+        x = block(7, x, norm(x))
+        c7 = x
+        a7 = norm(c7)  # the last three attentions read the stream after block 7 (record 77)
+        for i in (8, 9):
+            x = block(i, x, a7)
+        c9 = x
+
+        # the last block and the head's input
+        out_last, out_head = self.mudd_out.split((14, 5))
+        bias_last, bias_head = self.mudd_bias.split((14, 5))
+        m = mudd_coefficients(c9, self.mudd_in[0], out_last, bias_last)
+        u, x = mix_last_block(m, c0, c7, c9, ve[4])
+        y = self.attention(10, a7, u, weights[10], attend)
+        x = (m[8] * x + m[9] * y + m[10] * c0 + m[11] * bigrams).to(dtype)
+        x = (m[12] * x + m[13] * weights[10].mlp(x)).to(dtype)
+        k = mudd_coefficients(x, self.mudd_in[1], out_head, bias_head)
+        return norm((x + k[0] * c0 + k[1] * c7 + k[2] * c9 + k[3] * ve[0] + k[4] * c3).to(dtype))
+
+    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the five value embeddings, (T, D) each; all tables in one look-up."""
+        first_rows = self.settings.padded_vocab * torch.arange(5, dtype=torch.int32, device=inputs.device)
+        return LookUp.apply(self.value_embeds, inputs + first_rows[:, None]).unbind()
+
+    def prepare_attention(self, num_tokens: int, cu_seqlens: Tensor, max_seqlen: int, stage: Stage):
+        """The function (kind, q, k, v) -> y for the kinds of ATTENTIONS. Paired heads have two entries for
+        each token, and a window of as many entries as others have tokens."""
+        dtype = self.settings.torch_dtype
+        scale = yarn_attn_scale(self.settings.attn_scale, stage.yarn_windows)
+        packings = {
+            "P": (2 * cu_seqlens, 2 * num_tokens, stage.short_window, 2 * max_seqlen, dtype),
+            "S": (cu_seqlens, num_tokens, stage.short_window, max_seqlen, dtype),
+            "L": (cu_seqlens, num_tokens, stage.long_window, max_seqlen, dtype),
+        }
+        attn_args = {kind: self.kernels.attn_args(*packing) for kind, packing in packings.items()}
+
+        def attend(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.kernels.attention(q, k, v, attn_args[kind], scale)
+
+        return attend
+
+    def attention(self, i: int, a: Tensor, u: Tensor | None, weights: BlockWeights, attend) -> Tensor:
+        """The attention of block i. a: (T, D), normalised; u: what is added to the values, of T x D."""
+        num_tokens = len(a)
+        heads = self.settings.num_heads
+        kind = ATTENTIONS[i]
+        qkv, gate_logits = GatedQKV.apply(a, weights.qkv, weights.gate)
+        q, k, v = qkv.view(num_tokens, 3 * heads, -1).chunk(3, dim=1)
+        if u is not None:
+            v = v + u.view_as(v)
+        if kind == "P":
+            # Two heads share a softmax over the keys of both (record 58): head h of token t is entry
+            # 2t + h // (H/2) of sequence h mod H/2, and turns as if it were at position 2t + h mod 2.
+            cos = self.cos[:2 * num_tokens].unflatten(0, (-1, 1, 2)).squeeze(3)
+            sin = self.sin[:2 * num_tokens].unflatten(0, (-1, 1, 2)).squeeze(3)
+            q, k = (norm_and_rotate(x.unflatten(1, (-1, 2)), cos, sin) for x in (q, k))
+            q, k, v = (x.reshape(2 * num_tokens, heads // 2, -1) for x in (q, k, v))
+            y = attend(kind, q, k, v).view(num_tokens, heads, -1)
+        else:
+            q, k = (norm_and_rotate(x, self.cos[:num_tokens], self.sin[:num_tokens]) for x in (q, k))
+            if kind == "L":
+                k = offset_keys(k)
+            y = attend(kind, q, k, v)
+            number = i - ATTENTIONS[:i].count("P") - ATTENTIONS[:i].count("-")
+            y = leave_out_own_value(y, v, self.own_value_strengths[number])
+        y = y * torch.sigmoid(gate_logits).unsqueeze(-1)
+        return F.linear(y.flatten(1), weights.out)
+
+    def split_banks(self) -> list[BlockWeights]:
+        """The matrices of each block, cast, and multiplied by their factors, which are far smaller than the
+        activations. Why split and unbind: see GPT.split_banks."""
+        dim = self.settings.model_dim
+        dtype = self.settings.torch_dtype
+        qk = self.qk_bank.flatten(0, 1).split(2 * dim)
+        vo = self.vo_bank.unbind()
+        mlp = self.mlp_bank.unbind()
+        gates = self.attn_gates.unbind()
+        weights = []
+        number = 0  # of the attention
+        for i, kind in enumerate(ATTENTIONS):
+            block = BlockWeights(mlp[2 * i].to(dtype), mlp[2 * i + 1].to(dtype))
+            if kind != "-":
+                qkv = self.qkv_factors[number] * torch.cat((qk[number], vo[2 * number]))
+                out = self.out_factors[number] * vo[2 * number + 1]
+                block = block._replace(qkv=qkv.to(dtype), out=out.to(dtype), gate=gates[number].to(dtype))
+                number += 1
+            weights.append(block)
+        return weights
+
+NETWORKS = {"gpt": GPT, "frontier": FrontierGPT}
+
 @torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
+def init_weights(model: Network, seed: int) -> None:
     """Fill every parameter. Numbers are drawn on the CPU, so that all devices and world sizes start alike."""
     generator = torch.Generator().manual_seed(seed)
     for name, row in model.rows.items():
+        p = getattr(model, name)
+        if row.copy_of:
+            p.copy_(getattr(model, row.copy_of))
+            continue
         values = torch.zeros(row.shape)
         row.init(values, generator)
-        p = getattr(model, name)
         p.zero_()
         p[:len(values)] = values.to(p)
 
@@ -943,6 +1472,8 @@ class ShardedParam:
     p_slice: Tensor  # this rank's slice of the parameter; all of it if it is tiny
     state: dict[str, Tensor]  # the rule's; the first axis is that of p_slice
     factors: Tensor | None  # of the learning rate, (n, 1, ...)
+    original: "ShardedParam | None" = None  # the parameter that this one is tied to, as a copy
+    copy: "ShardedParam | None" = None  # the copy that is tied to this one
     grad_slice: Tensor | None = None  # the summed gradient of p_slice
     handle: dist.Work | None = None  # the collective in progress
 
@@ -950,6 +1481,10 @@ class ShardedParam:
         if self.handle is not None:
             self.handle.wait()
             self.handle = None
+
+    def due(self, step: Step) -> bool:
+        """Whether its rule takes this step; else its gradients add up in p.grad, on each rank."""
+        return (step.number + 1) % self.row.rule.every == 0
 
 class ShardedOptimizer:
     """The three phases, for parameters that are updated by a rule each."""
@@ -960,7 +1495,7 @@ class ShardedOptimizer:
             raise KeyError(f"declare_parameters has no row for {missing}")
         self.rank = rank
         self.world_size = world_size
-        self.last_microbatch = False  # whether the backward pass under way completes the step's gradients
+        self.completing = None  # the step whose gradients the backward pass under way completes
         self.sharded_params = []
 
         def order(item: tuple[str, Row]) -> tuple[bool, bool]:
@@ -973,6 +1508,11 @@ class ShardedOptimizer:
             state = row.rule.init_state(p_slice)
             factors = self.slice_of_factors(row, p)
             self.sharded_params.append(ShardedParam(name, p, row, p_slice, state, factors))
+        by_name = {sp.name: sp for sp in self.sharded_params}
+        for sp in self.sharded_params:
+            if sp.row.copy_of:
+                sp.original = by_name[sp.row.copy_of]
+                sp.original.copy = sp
 
     def slice_of_factors(self, row: Row, p: Tensor) -> Tensor | None:
         """Those of this rank's slice, float32; padding has 1."""
@@ -987,7 +1527,7 @@ class ShardedOptimizer:
         sp, = (sp for sp in self.sharded_params if sp.name == name)
 
         def start_if_complete(_):
-            if self.last_microbatch:
+            if self.completing and sp.due(self.completing):
                 self.start_reduce_scatter(sp)
 
         sp.param.register_post_accumulate_grad_hook(start_if_complete)
@@ -1002,9 +1542,9 @@ class ShardedOptimizer:
         else:
             sp.grad_slice = grad
 
-    def start_all_reduce(self) -> None:
+    def start_all_reduce(self, step: Step) -> None:
         """Phase 1 of all tiny parameters, in float32. Clears their gradients."""
-        tiny = [sp for sp in self.sharded_params if sp.row.tiny]
+        tiny = [sp for sp in self.sharded_params if sp.row.tiny and sp.due(step)]
         if not tiny:
             return
         grads = torch.cat([sp.param.grad.float().flatten() for sp in tiny])
@@ -1014,33 +1554,55 @@ class ShardedOptimizer:
             sp.grad_slice = grad.view_as(sp.param)
             sp.handle = handle
 
-    def reduce_scatter(self) -> None:
-        """Phase 1, started for every parameter for which it has not started yet."""
+    def reduce_scatter(self, step: Step) -> None:
+        """Phase 1, started for every parameter that is due and for which it has not started yet."""
         for sp in self.sharded_params:
-            if sp.grad_slice is None and not sp.row.tiny:
+            if sp.grad_slice is None and not sp.row.tiny and sp.due(step):
                 self.start_reduce_scatter(sp)
-        self.start_all_reduce()
+        self.start_all_reduce(step)
 
     @torch.no_grad()
     def step(self, step: Step) -> list[Tensor]:
         """Phase 2; starts phase 3. Returns a flag for each parameter: gradient not finite."""
         flags = []
         for sp in self.sharded_params:
+            if not sp.due(step):
+                flags.append(torch.zeros((), dtype=torch.bool, device=sp.param.device))
+                continue
             sp.wait()
             flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
-            grad = sp.grad_slice.to(sp.p_slice.dtype)
-            sp.row.rule.update(sp.p_slice, grad, sp.state, step, sp.factors)
+            self.update(sp, step)
             sp.grad_slice = None
             if self.world_size > 1 and not sp.row.tiny:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)
         return flags
+
+    def update(self, sp: ShardedParam, step: Step) -> None:
+        """Phase 2 of one parameter. While two are tied, the original, which comes first, is updated with both
+        gradients, and the other becomes a copy, with its state: so they can part at any step (record 53,
+        @classiclarryd)."""
+        if step.tied and sp.original is not None:
+            sp.p_slice.copy_(sp.original.p_slice)
+            for key, x in sp.original.state.items():
+                sp.state[key].copy_(x)
+            return
+        grad = sp.grad_slice.to(sp.p_slice.dtype)
+        if step.tied and sp.copy is not None:
+            sp.copy.wait()
+            grad = grad + sp.copy.grad_slice
+        sp.row.rule.update(sp.p_slice, grad, sp.state, step, sp.factors)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether gradients of past steps wait in p.grad: they are in no checkpoint."""
+        return any(sp.param.grad is not None for sp in self.sharded_params)
 
     def all_gather(self) -> None:
         """Phase 3 ends: the parameters may be read."""
         for sp in self.sharded_params:
             sp.wait()
 
-def make_optimizer(model: GPT, rank: int, world_size: int) -> ShardedOptimizer:
+def make_optimizer(model: Network, rank: int, world_size: int) -> ShardedOptimizer:
     optimizer = ShardedOptimizer(dict(model.named_parameters()), model.rows, rank, world_size)
     optimizer.reduce_scatter_early("lm_head")
     return optimizer
@@ -1048,15 +1610,18 @@ def make_optimizer(model: GPT, rank: int, world_size: int) -> ShardedOptimizer:
 # ----------------------------------------------------------------------------------------------------------
 # Fast kernels for GPUs: each is used only if its results agree with its plain version's
 #
-# Softcapped logits lie between 0 and 30, so float32 can sum their exponentials as they are. With
-# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s).
+# Softcapped logits lie between 0 and CAP = 30 (23 in record 82), so float32 can sum their exponentials as
+# they are. With s = sigmoid((z + SHIFT) / 7.5), exp(CAP s) = exp2(CAP / log(2) s). The loss of a row has a
+# term, with a weight, for each of the next NUM_WEIGHTS tokens; the last rows have fewer.
 
-EXP = 30 / math.log(2)
+LOG2 = math.log(2)
 
 @triton.jit
-def softcap_sigmoid(z, TANH: tl.constexpr):
-    """sigmoid(z / 7.5), float32. TANH: by the GPU's approximation of tanh (relative error 2^-11), one special
-    function instead of two: their rate would bound both kernels."""
+def softcap_sigmoid(z, SHIFT: tl.constexpr, TANH: tl.constexpr):
+    """sigmoid((z + SHIFT) / 7.5), float32. TANH: by the GPU's approximation of tanh (relative error 2^-11),
+    one special function instead of two: their rate would bound both kernels."""
+    if SHIFT != 0:
+        z += SHIFT
     if TANH:
         half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z * (1 / 15)], dtype=tl.float32,
                                          is_pure=True, pack=1)
@@ -1066,34 +1631,51 @@ def softcap_sigmoid(z, TANH: tl.constexpr):
         return r * r  # divisions are slow on a GPU
 
 @triton.jit
-def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr,
-                        TANH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row: log2 of the sum of the exponentials, and the loss."""
+def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log_sums, num_rows, num_columns,
+                        CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row: log2 of the sum of the exponentials, the loss, and the next token's loss alone."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * num_columns
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < num_columns, other=0.0).to(tl.float32)
-        total += tl.where(column < num_columns, tl.exp2(EXP * softcap_sigmoid(z, TANH)), 0.0)
+        exponential = tl.exp2((CAP / LOG2) * softcap_sigmoid(z, SHIFT, TANH))
+        total += tl.where(column < num_columns, exponential, 0.0)
     log_sum = tl.log2(tl.sum(total, 0))
-    target_logit = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     tl.store(log_sums + row, log_sum)
-    tl.store(losses + row, log_sum * (30 / EXP) - 30 * softcap_sigmoid(target_logit, TANH))
+    loss = 0.0
+    for ahead in tl.static_range(NUM_WEIGHTS):
+        inside = row + ahead < num_rows
+        z = tl.load(logits + tl.load(targets + row + ahead, mask=inside, other=0)).to(tl.float32)
+        term = log_sum * LOG2 - CAP * softcap_sigmoid(z, SHIFT, TANH)
+        if ahead == 0:
+            tl.store(next_losses + row, term)
+        loss += tl.where(inside, tl.load(token_weights + ahead) * term, 0.0)
+    tl.store(losses + row, loss)
 
 @triton.jit
-def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_rows, num_columns,
-                        EXP: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def softcap_grad_kernel(logits, targets, token_weights, log_sums, scale, grads, grads_t, num_rows,
+                        num_columns, CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr,
+                        COLUMNS: tl.constexpr):
     """One program per tile: scale times the loss's gradient by the logits, and its transpose."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
-    target = tl.load(targets + row, mask=row < num_rows, other=0)
     log_sum = tl.load(log_sums + row, mask=row < num_rows, other=0.0)
-    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), TANH)
-    grad = tl.exp2(EXP * s - log_sum[:, None]) - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-    grad = (grad * (s - s * s) * (4 * scale)).to(grads.dtype.element_ty)
+    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), SHIFT, TANH)
+    chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total_weight = tl.zeros((ROWS,), tl.float32)
+    for ahead in tl.static_range(NUM_WEIGHTS):
+        target = tl.load(targets + row + ahead, mask=row + ahead < num_rows, other=-1)
+        weight = tl.where(row + ahead < num_rows, tl.load(token_weights + ahead), 0.0)
+        chosen += tl.where(column[None, :] == target[:, None], weight[:, None], 0.0)
+        total_weight += weight
+    grad = total_weight[:, None] * tl.exp2((CAP / LOG2) * s - log_sum[:, None]) - chosen
+    grad = (grad * (s - s * s) * (CAP / 7.5 * scale)).to(grads.dtype.element_ty)
     tl.store(grads + place, grad, mask=inside)
     place = column.to(tl.int64)[:, None] * num_rows + row[None, :]
     tl.store(grads_t + place, tl.trans(grad), mask=tl.trans(inside))
@@ -1130,45 +1712,70 @@ def cast_fp8(x: Tensor, scale: float) -> list[Tensor]:
     cast_fp8_kernel[tile_grid(x)](x, *pair, 1 / scale, *x.shape, **TILE)
     return pair
 
-def softcap_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and log2 of the sums of exponentials, (T,) float32 each. logits: (T, V), contiguous."""
-    losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-    block = min(4096, triton.next_power_of_2(logits.size(1)))
-    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP,
-                                      logits.is_cuda, block, num_warps=8)
-    return losses, log_sums
+class Softcap(NamedTuple):
+    """cap * sigmoid((z + shift) / 7.5)"""
+    cap: float = 30.0
+    shift: float = 0.0
 
-def softcap_grad(logits: Tensor, targets: Tensor, log_sums: Tensor, scale: float, dtype: torch.dtype):
+def softcap_loss(logits: Tensor, targets: Tensor, token_weights: Tensor, softcap: Softcap):
+    """Losses, those of the next token alone, and log2 of the sums of exponentials, (T,) float32 each. logits:
+    (T, V), contiguous; token_weights: (n,) float32."""
+    losses, next_losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+    block = min(4096, triton.next_power_of_2(logits.size(1)))
+    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    softcap_loss_kernel[len(logits),](logits, targets, token_weights, losses, next_losses, log_sums,
+                                      *logits.shape, *constants, block, num_warps=8)
+    return losses, next_losses, log_sums
+
+def softcap_grad(logits: Tensor, targets: Tensor, token_weights: Tensor, log_sums: Tensor, softcap: Softcap,
+                 scale: float, dtype: torch.dtype):
     """scale times the gradient of the summed losses by the logits, (T, V) of `dtype`, and its transpose."""
     grads, grads_t = empty_pair(logits, dtype)
-    softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, scale, grads, grads_t,
-                                           *logits.shape, EXP, logits.is_cuda, **TILE)
+    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    softcap_grad_kernel[tile_grid(logits)](logits, targets, token_weights, log_sums, scale, grads, grads_t,
+                                           *logits.shape, *constants, **TILE)
     return grads, grads_t
 
 class Float8HeadLoss(torch.autograd.Function):
-    """softcapped_loss with products in float8 and a fused loss (@YouJiacheng). x and weight are e4m3, the
-    gradient of the logits is e5m2, each divided by a fixed scale. Logits and x's gradient are bfloat16, the
-    weight's gradient is float32; fast accumulation for the logits only."""
+    """What multi_token_loss gives, with products in float8 and a fused loss (@YouJiacheng). x and weight are
+    e4m3, the gradient of the logits is e5m2, each divided by a fixed scale. Logits and x's gradient are
+    bfloat16, the weight's gradient is float32; fast accumulation for the logits only."""
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        scales = x.size(1) ** 0.5 / 448, 2.0**-9, 1 / 448
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, softcap: Softcap,
+                scales: tuple[float, float, float]):
+        """scales: of x, of weight, of the gradient."""
         (x8, x8_t) = cast_fp8(x, scales[0])
         (w8, w8_t) = cast_fp8(weight, scales[1])
+        ctx.softcap = softcap
+        ctx.grad_factor = 1 / scales[2]
         ctx.scales = x_scale, w_scale, _ = [torch.full((), scale, device=x.device) for scale in scales]
         logits = torch._scaled_mm(x8, w8.mT, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-        losses, log_sums = softcap_loss(logits, targets)
-        ctx.save_for_backward(x8_t, w8_t, targets, logits, log_sums)
-        return losses.sum()
+        losses, next_losses, log_sums = softcap_loss(logits, targets, token_weights, softcap)
+        ctx.save_for_backward(x8_t, w8_t, targets, token_weights, logits, log_sums)
+        next_loss = next_losses.sum()
+        ctx.mark_non_differentiable(next_loss)
+        return losses.sum(), next_loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x8_t, w8_t, targets, logits, log_sums = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, _):
+        x8_t, w8_t, targets, token_weights, logits, log_sums = ctx.saved_tensors
         x_scale, w_scale, grad_scale = ctx.scales
-        grads, grads_t = softcap_grad(logits, targets, log_sums, 448.0, torch.float8_e5m2)
+        grads, grads_t = softcap_grad(logits, targets, token_weights, log_sums, ctx.softcap, ctx.grad_factor,
+                                      torch.float8_e5m2)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
         w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
-        return x_grad, w_grad, None
+        return x_grad, w_grad, None, None, None, None
+
+def float8_softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What softcapped_loss gives."""
+    scales = x.size(1) ** 0.5 / 448, 2.0**-9, 1 / 448
+    return Float8HeadLoss.apply(x, weight, targets, x.new_ones(1, dtype=torch.float32), Softcap(), scales)[0]
+
+def float8_multi_token_loss(x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor):
+    """What multi_token_loss gives, with the scales of record 55."""
+    scales = 100 / 448, 1.6 / 448, 0.75 / 448
+    return Float8HeadLoss.apply(x, weight, targets, token_weights, Softcap(23.0, 5.0), scales)
 
 XXT_TILES = [triton.Config(dict(BLOCK=block, COLS=cols), num_warps=warps, num_stages=3)
              for block, cols, warps in ((64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8))]
@@ -1225,28 +1832,38 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) ->
     lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(window, 0))
 
-def compile_blocks(model: GPT) -> None:
+def compile_blocks(model: Network) -> None:
     """torch.compile for the blocks: a graph for each stage, in training and in validation."""
-    num_graphs = 1 + 2 * num_stages(model.settings)  # and one in KernelTrial
+    num_graphs = 1 + 2 * len(make_stages(model.settings))  # and one in KernelTrial
     torch._dynamo.config.recompile_limit = max(8, num_graphs)
     model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
 
 class KernelTrial:
-    """One block with random weights and tokens, and random matrices: a case on which kernels are compared."""
+    """A network with random weights and tokens, and random matrices: a case on which kernels are compared. Of
+    GPT, one block."""
     def __init__(self, device: torch.device, s: Settings):
         self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L",
                                     batch_tokens=(1024,), microbatches=1, val_slice_tokens=1024)
-        self.stage = make_stages(s)[0]._replace(long_window=384, short_window=384)
+        stage = make_stages(s)[0]
+        self.step = make_schedule(s)[0]._replace(stage=stage._replace(long_window=384, short_window=384))
+        self.plain_kernels = NETWORKS[s.network].plain_kernels
         torch.manual_seed(0)
         with device:  # 120 million random numbers: a GPU draws them at once, a CPU in three seconds
-            self.model = GPT(s, Kernels())
-        for name, p in self.model.named_parameters():  # logits and gates get values in their useful range
-            p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04)
+            self.model = NETWORKS[s.network](s, self.plain_kernels)
+        for name, row in self.model.rows.items():  # logits and gates get values in their useful range
+            p = getattr(self.model, name).data
+            p.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04)
+            if s.network == "frontier" and row.tiny:  # its scalars stay near their starting values
+                start = torch.zeros(row.shape)
+                row.init(start, torch.Generator())
+                p.add_(start.to(device))
+            elif s.network == "frontier" and "bank" in name:  # so that rounding grows little in eleven blocks
+                p.mul_(0.25)
         tokens = torch.randint(s.vocab_size, (1025,), device=device)
         starts = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
         self.batch = Batch(tokens[:-1].int(), tokens[1:], starts, 640)
         self.matrices = torch.randn(3, s.model_dim, s.mlp_dim, device=device)
-        self.expected = self.results(Kernels())
+        self.expected = self.results(self.plain_kernels)
 
     def results(self, kernels: Kernels) -> dict[str, Tensor]:
         """Loss, gradients and orthogonalised matrices. Compiled kernels stay compiled: try them last."""
@@ -1255,12 +1872,16 @@ class KernelTrial:
         model.zero_grad()
         if kernels.compiled:
             compile_blocks(model)
-        loss = model(*self.batch, self.stage)
+        loss, _ = model.training_loss(self.batch, self.step)
         loss.backward()
-        names = "embed", "attn_bank", "mlp_bank", "lm_head"
+        names = [name for name, row in model.rows.items() if not row.tiny and name != "value_embeds"]
         results = {f"gradient of {name}": getattr(model, name).grad for name in names}
         results["loss"] = loss.detach()
         results["Newton-Schulz"] = newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)
+        p, grad, *moments = (x.clone() for x in (*self.matrices[:2], *self.matrices[1:].square()))
+        rate = torch.full((), 0.1, device=p.device)
+        kernels.cautious_adam(p, grad, *moments, rate, rate, (0.5, 0.95), 0.75)
+        results["Adam"] = p
         return results
 
     def error(self, kernels: Kernels) -> tuple[Tensor, str]:
@@ -1297,13 +1918,17 @@ def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]
         found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03, restore))
     if (s.fp8_head and bfloat16 and capability >= (8, 9)
             and s.padded_vocab % 16 == 0 and s.model_dim % 16 == 0):
-        found.append(Candidate("head", "float8, fused loss", dict(head_loss=Float8HeadLoss.apply), 0.1))
+        float8_loss = dict(gpt=float8_softcapped_loss, frontier=float8_multi_token_loss)[s.network]
+        found.append(Candidate("head", "float8, fused loss", dict(head_loss=float8_loss), 0.1))
     if s.torch_compile:
-        compiled = torch.compile(softcapped_loss, dynamic=False)
+        compiled = torch.compile(NETWORKS[s.network].plain_kernels.head_loss, dynamic=False)
         found.append(Candidate("head", f"{s.dtype}, torch.compile", dict(head_loss=compiled), 0.03))
     if bfloat16:
         half = "half of each symmetric product"
         found.append(Candidate("Newton-Schulz", half, dict(XXT=symmetric_XXT), 0.1))
+    if s.torch_compile and s.network == "frontier":
+        compiled_adam = torch.compile(cautious_adam, dynamic=False, fullgraph=True)
+        found.append(Candidate("Adam", "torch.compile", dict(cautious_adam=compiled_adam), 1e-3))
     if s.torch_compile:  # the last, with the attention that was chosen
         found.append(Candidate("blocks", "torch.compile", dict(compiled=True), 0.1))
     return found
@@ -1315,13 +1940,17 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     """The kernels for `device`, and a line for each kind that gives the choice and its reason. On a GPU, a
     fast kernel, beside those chosen before it, must agree with the plain ones on KernelTrial on all ranks."""
     if device.type == "cpu":
-        return Kernels(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
+        plain = NETWORKS[s.network].plain_kernels
+        return plain._replace(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
     candidates = list_candidates(torch.cuda.get_device_capability(device), s)
     trial = KernelTrial(device, s) if candidates else None
-    chosen = Kernels()
+    chosen = NETWORKS[s.network].plain_kernels
     lines = []
-    for kind in ("attention", "head", "Newton-Schulz", "blocks"):
+    kinds = ["attention", "head", "Newton-Schulz", "blocks"]
+    if s.network == "frontier":
+        kinds.insert(3, "Adam")
+    for kind in kinds:
         taken = ""
         rejected = []
         for candidate in candidates:
@@ -2023,7 +2652,7 @@ def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.nda
                  microbatches_of_a_step=s.num_microbatches(world_size))
     return json.loads(json.dumps(same))  # as a checkpoint has it
 
-def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int, seconds: float,
+def save_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, step: int, seconds: float,
                     identity: dict) -> None:
     """Write the run's state after `step` steps; keep the newest two. Called by all ranks; rank 0 writes."""
     tensors = {name: getattr(model, name).data[:row.shape[0]] for name, row in model.rows.items()}
@@ -2120,7 +2749,8 @@ def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
                         "folder for all.", exit_code=2)
 
 @torch.no_grad()
-def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
+def load_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, clock: Clock,
+                    identity: dict) -> int:
     """Load the checkpoint that RESUME means; returns the number of steps done. Called by all ranks. Raises
     UserError."""
     found = None
@@ -2152,6 +2782,9 @@ def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Cl
     clock.total = float(found.metadata["seconds"])
     step = int(found.metadata["step"])
     log.write(f"resumed: {found.path}, step {step}, after {clock.total:.1f} s of training")
+    incomplete = any(step % sp.row.rule.every for sp in optimizer.sharded_params)
+    if incomplete and step < log.settings.num_iterations:  # the run met its target there
+        log.write(f"resumed: WARNING: Adam's gradients of step {step}, which waited for the next, are lost")
     return step
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2170,20 +2803,20 @@ class Status(NamedTuple):
         loss, stops, *flags = self.values.tolist()
         return loss, stops > 0, [flag > 0 for flag in flags]
 
-def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
+def train_step(model: Network, optimizer: ShardedOptimizer, batches, step: Step,
                stop: Callable[[], int] = lambda: 0) -> Status:
     """One optimizer step. The host need not wait for it. stop: whether this rank asks to stop, not 0."""
     s = model.settings
-    device = model.scalars.device
+    device = model.device
     num_microbatches = s.num_microbatches(optimizer.world_size)
     loss_sum = torch.zeros((), device=device)
     count = num_microbatches // optimizer.world_size
     for number in range(count):
-        optimizer.last_microbatch = number == count - 1
-        loss = model(*next(batches), step.stage) / num_microbatches
-        loss.backward()  # summed over ranks: the gradient of (sum of all tokens' losses) / num_microbatches
-        loss_sum += loss.detach()
-    optimizer.reduce_scatter()
+        optimizer.completing = step if number == count - 1 else None
+        loss, logged_loss = model.training_loss(next(batches), step)
+        (loss / num_microbatches).backward()  # ranks add up: all tokens' losses / num_microbatches
+        loss_sum += logged_loss / num_microbatches
+    optimizer.reduce_scatter(step)
     flags = optimizer.step(step)
     mean_loss = loss_sum / (step.stage.batch_tokens // num_microbatches)
     values = torch.stack([mean_loss, torch.full_like(loss_sum, stop() > 0), *flags])
@@ -2194,11 +2827,11 @@ def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: Step,
     arrived = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
     return Status(step, values, arrived)
 
-def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_tokens: np.ndarray) -> int:
+def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_tokens: np.ndarray) -> int:
     """Untimed steps in every stage (and validation passes, if compiled), undone bit for bit. Returns how
     many. A stage's steps take its first batch."""
     s = model.settings
-    device = model.scalars.device
+    device = model.device
     if not s.warmup_steps:
         return 0
     states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
@@ -2221,13 +2854,14 @@ def warm_up(model: GPT, optimizer: ShardedOptimizer, plan: PackingPlan, val_toke
                 model(*val_batch, stage)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
+    model.zero_grad()  # of those that waited for another step
     return steps_of_stage * len(trained)
 
 @torch.no_grad()
-def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_size: int,
+def validate(model: Network, val_tokens: np.ndarray, s: Settings, rank: int, world_size: int,
              stage: Stage) -> float:
     """Mean loss over all validation tokens, each counted once; the same number on every rank."""
-    device = model.scalars.device
+    device = model.device
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     for number, batch in validation_batches(val_tokens, s, rank, world_size, device):
         losses[number] = model(*batch, stage) / s.val_slice_tokens
@@ -2269,7 +2903,7 @@ class Ending(NamedTuple):
     stage: Stage  # at the end
     text: str  # for people
 
-def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
+def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[Step], val_tokens: np.ndarray,
           log: Log, clock: Clock, identity: dict, first_step: int) -> Ending:
     """The race: train and validate until the target or the last step; the clock stops during validation.
     Raises UserError."""
@@ -2277,6 +2911,7 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
     rank = optimizer.rank
     world_size = optimizer.world_size
     signal_number = catch_signals()
+    saving = False  # a checkpoint is due. It waits, as a stop does, for a step after which no gradient waits.
     stopping = False
     running = deque()  # the Status of each step that the host has not waited for
     stage = None
@@ -2294,8 +2929,10 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
             stage = step.stage
         last_step = step is schedule[-1]
         validating = last_step or (s.val_loss_every and step.number % s.val_loss_every == 0)
-        saving = s.checkpoint_every and step.number % s.checkpoint_every == 0
-        if validating or saving or stopping:
+        if s.checkpoint_every and step.number > first_step and step.number % s.checkpoint_every == 0:
+            saving = True
+        whole = not optimizer.waiting
+        if validating or (whole and (saving or stopping)):
             clock.stop()
             while running:
                 stopping |= finish_step(running.popleft(), optimizer, log, clock)
@@ -2303,9 +2940,11 @@ def train(model: GPT, optimizer: ShardedOptimizer, batches, schedule: list[Step]
                 val_loss = validate(model, val_tokens, s, rank, world_size, step.stage)
                 log.validation(step.number, val_loss, clock)
                 last_step = last_step or val_loss <= s.target_loss
-            if s.checkpoint_every and step.number > first_step and (saving or stopping or last_step):
+            save_now = last_step or (whole and (saving or stopping))
+            if s.checkpoint_every and step.number > first_step and save_now:
                 save_checkpoint(log, model, optimizer, step.number, clock.total, identity)
-            if last_step or stopping:
+                saving = False
+            if last_step or (whole and stopping):
                 break
             clock.start()
         running.append(train_step(model, optimizer, batches, step, signal_number))
@@ -2355,7 +2994,7 @@ def describe_environment() -> list[str]:
 
 def describe_run(s: Settings, world_size: int) -> list[str]:
     """Batch and parameter counts, a line each."""
-    rows = GPT.declare_parameters(s, Kernels())
+    rows = NETWORKS[s.network].declare_parameters(s, Kernels())
     counts = {name: math.prod(row.shape) for name, row in rows.items()}
     lines = []
     count = s.num_microbatches(world_size)
@@ -2370,17 +3009,18 @@ def describe_run(s: Settings, world_size: int) -> list[str]:
     return [*lines, f"parameters: {sum(counts.values()):,} = {groups}"]
 
 @torch.no_grad()
-def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 0):
+def generate(model: Network, stage: Stage, ids: list[int], length: int, seed: int = 0):
     """Yields up to `length` tokens that the model draws after `ids`, one by one, at a temperature of 0.8."""
     s = model.settings
-    device = model.scalars.device
+    device = model.device
     generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
     for _ in range(length):
-        inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
+        inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-model.most_tokens:]
         cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
-        x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), stage)[-1]  # never the compiled version
-        logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
+        hidden = type(model).hidden  # never the compiled version
+        x = hidden(model, inputs, cu_seqlens, len(inputs), stage)[-1]
+        logits = model.logits(x)[:s.vocab_size].cpu()
         token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
         if token == s.bos_id:  # the document ends
             break
@@ -2389,7 +3029,7 @@ def generate(model: GPT, stage: Stage, ids: list[int], length: int, seed: int = 
 
 GOOD_STEPS = 600  # of the demo, after which its text looks like Python; they take about three minutes
 
-def write_sample(log: Log, model: GPT, stage: Stage, val_tokens: np.ndarray, seen: str) -> None:
+def write_sample(log: Log, model: Network, stage: Stage, val_tokens: np.ndarray, seen: str) -> None:
     """Log how a model of bytes goes on with the first SAMPLE_TOKENS of the validation tokens. seen: how much
     the model has read."""
     s = model.settings
@@ -2438,7 +3078,7 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
         log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
         kernels, why_kernels = choose_kernels(device, s)
         log.write(*about, *why_kernels)
-        model = GPT(s, kernels, world_size)
+        model = NETWORKS[s.network](s, kernels, world_size)
         init_weights(model, s.seed)
         model.to(device)
         optimizer = make_optimizer(model, rank, world_size)

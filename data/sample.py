@@ -16,16 +16,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import GPT, Kernels, Stage, UserError
+from train_gpt import NETWORKS, Kernels, Network, Stage, UserError
 
 
-def load_model(path: Path) -> tuple[GPT, Stage]:
+def load_model(path: Path) -> tuple[Network, Stage]:
     """The model of a checkpoint and its stage. Raises UserError if the file cannot give them."""
     tensors, metadata = train_gpt.read_safetensors(path)
     about = json.loads(metadata["run"])
     try:
         s = train_gpt.restore_settings(about)
-        model = GPT(s, Kernels())
+        model = NETWORKS[s.network](s, Kernels())
         for name, p in model.named_parameters():
             p.data.copy_(tensors[name])
     except (KeyError, RuntimeError) as error:

@@ -56,7 +56,8 @@ def data(small, tmp_path):
 
 def fresh_model(s, seed=0, world_size=1):
     """A model on the CPU with its initial weights."""
-    model = train_gpt.GPT(s, train_gpt.Kernels(), world_size)
+    network = train_gpt.NETWORKS[s.network]
+    model = network(s, network.plain_kernels, world_size)
     train_gpt.init_weights(model, seed)
     return model
 

@@ -269,6 +269,7 @@ class Descent(NamedTuple):
     """It has no state."""
 
     lr: float
+    every = 1
 
     def init_state(self, p):
         return {}

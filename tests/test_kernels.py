@@ -57,10 +57,19 @@ def interpreter(monkeypatch):
 # Loss of the head
 
 
-def exact_losses(logits, targets):
-    """Cross-entropy of each row of 30 * sigmoid(logits / 7.5), in float64."""
-    z = 30 * torch.sigmoid(logits.double() / 7.5)
-    return z.exp().sum(1).log() - z.gather(1, targets[:, None])[:, 0]
+def exact_losses(logits, targets, softcap=train_gpt.Softcap(), token_weights=(1.0,)):
+    """Cross-entropies of each row's capped logits with the next tokens, each times its weight, in float64."""
+    z = softcap.cap * torch.sigmoid((logits.double() + softcap.shift) / 7.5)
+    log_sums, losses = z.exp().sum(1).log(), torch.zeros(len(z)).double()
+    for ahead, weight in enumerate(token_weights[:len(z)]):
+        rows = len(z) - ahead
+        chosen = z[:rows].gather(1, targets[ahead:, None])[:, 0]
+        losses = losses + weight * torch.nn.functional.pad(log_sums[:rows] - chosen, (0, ahead))
+    return losses
+
+
+CAPS = [(train_gpt.Softcap(), (1.0,)), (train_gpt.Softcap(23.0, 5.0), (1.0, 0.5, 0.25)),
+        (train_gpt.Softcap(23.0, 5.0), (1.0, 0.0, 0.0))]
 
 
 def test_the_plain_loss_is_softcapped_in_float32_whatever_the_dtype():
@@ -72,8 +81,11 @@ def test_the_plain_loss_is_softcapped_in_float32_whatever_the_dtype():
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # to infinity, whose reciprocal is right
+@pytest.mark.parametrize("softcap, weights", CAPS)
 @pytest.mark.parametrize("rows, columns", [(1, 2), (65, 130), (3, 4100), (64, 256)])
-def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, columns, monkeypatch):
+def test_the_loss_kernels_give_losses_gradients_and_their_transpose(
+    rows, columns, softcap, weights, monkeypatch
+):
     """Every element of them is written. A GPU's tanh is off by 2^-11 at most: by 30 / 2^12 in a loss."""
     empty_pair, exactly = train_gpt.empty_pair, DEVICE == "cpu"
 
@@ -84,12 +96,15 @@ def test_the_loss_kernels_give_losses_gradients_and_their_transpose(rows, column
     logits, targets = 15 * normal(rows, columns), torch.arange(rows) % columns
     logits[0] = torch.where(torch.arange(columns) % 2 == 0, 1e4, -1e4)  # far beyond the softcap
     leaf = logits.double().requires_grad_()
-    exact = exact_losses(leaf, targets)
-    logits, targets = logits.to(DEVICE), targets.to(DEVICE)
-    losses, log_sums = train_gpt.softcap_loss(logits, targets)
+    exact = exact_losses(leaf, targets, softcap, weights)
+    exact_next = exact_losses(logits, targets, softcap)
+    logits, targets, weights = logits.to(DEVICE), targets.to(DEVICE), torch.tensor(weights, device=DEVICE)
+    losses, next_losses, log_sums = train_gpt.softcap_loss(logits, targets, weights, softcap)
     atol = 1e-5 if exactly else 0.015
-    torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=1e-5, atol=atol)
-    out, out_t = train_gpt.softcap_grad(logits, targets, log_sums, 7.0, torch.float32)
+    torch.testing.assert_close(losses.cpu().double(), exact.detach(), rtol=1e-5, atol=2 * atol)
+    torch.testing.assert_close(next_losses.cpu().double(), exact_next, rtol=1e-5, atol=atol)
+    case = logits, targets, weights, log_sums, softcap
+    out, out_t = train_gpt.softcap_grad(*case, 7.0, torch.float32)
     grads = 7 * torch.autograd.grad(exact.sum(), leaf)[0]
     torch.testing.assert_close(out.cpu().double(), grads, rtol=1e-4 if exactly else 0.02,
                                atol=1e-5 if exactly else 0.005)
@@ -106,19 +121,27 @@ def test_cast_fp8_divides_by_the_scale_clamps_and_transposes(rows, columns, dtyp
     assert torch.equal(out_t.float(), out.float().T) and out_t.is_contiguous()
 
 
-def test_the_float8_head_is_the_formula_on_rounded_factors():
-    """Scales: sqrt(D) / 448 for the input, 2^-9 for the weight, both e4m3; 1 / 448 for the gradient, e5m2."""
+def fused(*case, token_weights=torch.tensor((1.0, 0.5, 0.25))):
+    return train_gpt.float8_multi_token_loss(*case, token_weights.to(DEVICE))[0]
+
+
+@pytest.mark.parametrize("head_loss, softcap, weights, scales", [
+    (train_gpt.float8_softcapped_loss, *CAPS[0], (32**0.5 / 448, 2.0**-9, 1 / 448)),
+    (fused, *CAPS[1], (100 / 448, 1.6 / 448, 0.75 / 448))])
+def test_the_float8_head_is_the_formula_on_rounded_factors(head_loss, softcap, weights, scales):
+    """The input and the weight are e4m3, the gradient is e5m2, each divided by its scale."""
     def rounded(x, scale, dtype):
         return (x.float() / scale).to(dtype).double() * scale
 
     x, weight = train_gpt.Norm.apply(normal(48, 32)).bfloat16(), 0.1 * normal(80, 32, seed=1)
     leaves, targets = [t.to(DEVICE).requires_grad_() for t in (x, weight)], torch.arange(48) % 5
-    loss = train_gpt.Float8HeadLoss.apply(*leaves, targets.to(DEVICE))
+    loss = head_loss(*leaves, targets.to(DEVICE))
     x_grad, weight_grad = (t.cpu() for t in torch.autograd.grad(loss / 8, leaves))
-    x8, w8 = rounded(x, 32**0.5 / 448, FLOAT8[0]), rounded(weight, 2.0**-9, FLOAT8[0])
+    x8, w8 = rounded(x, scales[0], FLOAT8[0]), rounded(weight, scales[1], FLOAT8[0])
     logits = (x8 @ w8.T).bfloat16().double().requires_grad_()
-    exact = exact_losses(logits, targets).sum()
-    grad = rounded(torch.autograd.grad(exact, logits)[0], 1 / 448, FLOAT8[1]) / 8  # not before it is rounded
+    exact = exact_losses(logits, targets, softcap, weights).sum()
+    grad = torch.autograd.grad(exact, logits)[0]
+    grad = rounded(grad, scales[2], FLOAT8[1]) / 8  # not before it is rounded
     assert relative(loss.detach(), exact.detach()) < (1e-5 if DEVICE == "cpu" else 1e-3)
     assert x_grad.dtype == torch.bfloat16 and relative(x_grad, grad @ w8) < 0.01
     assert weight_grad.dtype == torch.float32 and relative(weight_grad, grad.T @ x8) < 0.005
@@ -247,7 +270,7 @@ def choose(small, monkeypatch):
 def test_fast_kernels_that_agree_are_taken(choose):
     kernels, lines = choose(head=lambda function: head_of(lambda x: x))
     fast = train_gpt.varlen_args, train_gpt.flash_attention, kernels.head_loss, symmetric_in_float32, True
-    assert kernels == fast and kernels.head_loss is not train_gpt.softcapped_loss
+    assert kernels == (*fast, train_gpt.cautious_adam) and kernels.head_loss is not train_gpt.softcapped_loss
     assert not [line for line in lines if "WARNING" in line] and "FlashAttention 3" in lines[0]
 
 
@@ -301,7 +324,7 @@ def test_the_trials_build_one_model_and_no_fast_kernel_is_tried_twice(choose, mo
 def test_float8_is_used_where_it_can_be(choose, small, monkeypatch, changes, capability, fp8):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     kernels, lines = choose(replace(small, **dict(dtype="bfloat16", vocab_multiple=16) | changes))
-    expected = train_gpt.Float8HeadLoss.apply if fp8 else train_gpt.softcapped_loss
+    expected = train_gpt.float8_softcapped_loss if fp8 else train_gpt.softcapped_loss
     assert kernels.head_loss == expected and ("float8" in lines[1]) == fp8
 
 
@@ -350,15 +373,20 @@ def compile_for_hopper(folder):
     from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource, compile
 
-    constants = dict(EXP=train_gpt.EXP, TANH=True)
+    constants = dict(LOG2=train_gpt.LOG2, TANH=True)
+    networks = [dict(CAP=30.0, SHIFT=0.0, NUM_WEIGHTS=1), dict(CAP=23.0, SHIFT=5.0, NUM_WEIGHTS=3)]
     tile = {name: value for name, value in train_gpt.TILE.items() if name != "num_warps"}
-    loss = dict(logits="*bf16", targets="*i64", losses="*fp32", log_sums="*fp32", num_columns="i32")
-    grad = loss | dict(scale="fp32", grads="*fp8e5", grads_t="*fp8e5", num_rows="i32")
+    loss = dict(logits="*bf16", targets="*i64", token_weights="*fp32", losses="*fp32", next_losses="*fp32",
+                log_sums="*fp32", num_rows="i32", num_columns="i32")
+    grad = loss | dict(scale="fp32", grads="*fp8e5", grads_t="*fp8e5")
     cast = dict(x="*bf16", out="*fp8e4nv", out_t="*fp8e4nv", factor="fp32", num_rows="i32", num_columns="i32")
     XXT = dict(x="*bf16", base="*bf16", out="*bf16", rows="i32", cols="i32", alpha="fp32", beta="fp32")
-    builds = [("loss", train_gpt.softcap_loss_kernel, loss, constants | dict(BLOCK=4096), dict(num_warps=8))]
+    builds = []
+    for network in networks:
+        given = constants | network | dict(BLOCK=4096)
+        builds.append(("loss", train_gpt.softcap_loss_kernel, loss, given, dict(num_warps=8)))
     for name, kernel, types, given in (
-        ("grad", train_gpt.softcap_grad_kernel, grad, constants | tile),
+        *(("grad", train_gpt.softcap_grad_kernel, grad, constants | network | tile) for network in networks),
         ("cast", train_gpt.cast_fp8_kernel, cast, tile),
         ("cast", train_gpt.cast_fp8_kernel, cast | dict(x="*fp32"), tile),
     ):
@@ -389,7 +417,7 @@ def test_every_kernel_compiles_for_hopper_without_spills_or_slow_divisions(tmp_p
                           env=environment(**changes))
     assert done.returncode == 0, done.stderr[-2000:]
     builds = json.loads(done.stdout)
-    assert len(builds) == 4 + 2 * len(train_gpt.XXT_TILES)
+    assert len(builds) == 6 + 2 * len(train_gpt.XXT_TILES)
     for name, shared, ptx, report in builds:
         assert "0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
         assert shared <= 227 << 10, name  # what a block of a Hopper GPU may have

@@ -193,7 +193,8 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
 def test_norm_and_rotation_are_computed_in_float32_whatever_the_dtype():
     """The only rounding to bfloat16 is that of the result."""
     x = torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
-    narrow, wide = (train_gpt.norm_and_rotate(y, *train_gpt.rotary_cos_sin(300, 16)) for y in (x, x.float()))
+    tables = train_gpt.rotary_cos_sin(300, train_gpt.rotary_frequencies(16))
+    narrow, wide = (train_gpt.norm_and_rotate(y, *tables) for y in (x, x.float()))
     assert torch.equal(narrow, wide.bfloat16())
 
 

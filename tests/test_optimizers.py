@@ -186,6 +186,13 @@ def optimizer_of(params, rule, lrs, **columns):
     return train_gpt.ShardedOptimizer(params, rows, 0, 1)
 
 
+def take_step(optimizer, step):
+    """Of the gradients that are in p.grad."""
+    optimizer.reduce_scatter(step)
+    optimizer.step(step)
+    optimizer.all_gather()
+
+
 MUON = train_gpt.Muon(0.0, torch.float32)
 ADAM = train_gpt.Adam(0.0, (0.8, 0.95))
 
@@ -206,9 +213,10 @@ def test_steps_of_an_optimizer_are_those_of_the_plain_one(rule, plain, shapes, c
         for i, (name, p) in enumerate(params.items()):
             p.grad = normal(*p.shape, seed=100 * step + i)
             expected[name] = references[name].step(p.grad.double(), lr_scale, momentum)
-        optimizer.reduce_scatter()
+        told = train_gpt.Step(step, None, lr_scale, momentum)
+        optimizer.reduce_scatter(told)
         assert all(p.grad is None for p in params.values()), "the gradients are used up"
-        optimizer.step(train_gpt.Step(step, None, lr_scale, momentum))
+        optimizer.step(told)
         optimizer.all_gather()
         for sp in optimizer.sharded_params:
             found = [sp.param.detach(), *sp.state.values()]
@@ -228,8 +236,7 @@ def test_1000_steps_of_adam_in_bfloat16_round_once_a_step_and_stay_near_float64(
         near.mean, near.square, near.t = held[1].double(), held[2].double(), i
         right, expected = far.step(grad.double(), 1.0, 0.0), near.step(grad.double(), 1.0, 0.0)
         p.grad = grad
-        adam.reduce_scatter()
-        adam.step(train_gpt.Step(i, None, 1.0, 0.0))
+        take_step(adam, train_gpt.Step(i, None, 1.0, 0.0))
         unequal += sum(int((x != y.bfloat16()).sum()) for x, y in zip(held, expected))
     assert all(x.dtype == torch.bfloat16 for x in held)
     assert unequal < 1e-3 * 3 * 1000 * p.numel(), "float32 and float64 round alike, save for near ties"
@@ -245,8 +252,7 @@ def test_adam_written_out_is_the_fused_kernel():
     for i in range(30):
         for p, optimizer in zip((fused, written), optimizers):
             p.grad = normal(32, 8, seed=i)
-            optimizer.reduce_scatter()
-            optimizer.step(train_gpt.Step(i, None, 1.0 - i / 60, 0.0))
+            take_step(optimizer, train_gpt.Step(i, None, 1.0 - i / 60, 0.0))
     torch.testing.assert_close(written, fused, rtol=1e-6, atol=1e-6)
 
 
@@ -259,8 +265,7 @@ def test_decay_is_cautious_and_factors_are_of_the_rate_of_each_row():
                   optimizer_of({"p": plain}, ADAM, {"p": 0.1})]
     for parameter, optimizer in zip((p, plain), optimizers):
         parameter.grad = normal(6, 12, seed=9)
-        optimizer.reduce_scatter()
-        optimizer.step(train_gpt.Step(0, None, 1.0, 0.0))
+        take_step(optimizer, train_gpt.Step(0, None, 1.0, 0.0))
     update = (before - plain.detach()) * factors[:, None]
     decay = (0.1 * factors[:, None]) ** 2 * 3.0 * before * (update * before > 0)
     torch.testing.assert_close(p.detach(), before - update - decay)
@@ -273,8 +278,7 @@ def test_each_matrix_of_a_bank_can_have_a_factor_of_the_rate():
     for p, columns in ((twice, dict(factors=(1.0, 2.0, 1.0))), (once, {})):
         p.grad = normal(3, 8, 4, seed=5)
         optimizer = optimizer_of({"p": p}, MUON, {"p": 0.1}, **columns)
-        optimizer.reduce_scatter()
-        optimizer.step(train_gpt.Step(0, None, 1.0, 0.9))
+        take_step(optimizer, train_gpt.Step(0, None, 1.0, 0.9))
     steps = [p.detach() - before for p in (twice, once)]
     torch.testing.assert_close(steps[0], steps[1] * torch.tensor([1.0, 2.0, 1.0]).view(3, 1, 1))
 
@@ -322,7 +326,7 @@ def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(f
     class Recorder:
         world_size = 1
 
-        def reduce_scatter(self):
+        def reduce_scatter(self, step):
             calls.append("reduce_scatter")
             found = tuple(p.grad for p in model.parameters())
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -107,6 +107,33 @@ def test_the_roofline_counts_the_products_of_blocks_head_and_optimizer_as_pytorc
         assert found["Muon", name] == roofline.newton_schulz_tflop(*bank.shape) < whole
 
 
+def test_the_roofline_counts_the_products_of_record_82s_blocks_as_pytorch_does(small):
+    changes = train_gpt.PRESETS["frontier"] | dict(batch_tokens=(512,) * 4, microbatches=1)
+    s = replace(small, **changes)
+    model = fresh_model(s)
+    plain = model.kernels
+    model.kernels = plain._replace(attn_args=lambda *_: None, attention=lambda q, k, v, *_: v)
+    stage = train_gpt.make_stages(s)[0]
+    parts, _ = roofline.frontier_step_parts(s, stage, 1, 40, tied=True)
+    found = {(part.phase, part.name): part.tflop for part in parts}
+    tokens, starts = torch.zeros(512, dtype=torch.int32), torch.tensor([0, 512], dtype=torch.int32)
+    x = []
+    assert counted(lambda: x.append(model.hidden(tokens, starts, 512, stage))) == pytest.approx(
+        found["blocks, forward", "products"], rel=1e-3)
+    assert counted(lambda: x[0].sum().backward()) == pytest.approx(
+        found["blocks, backward", "products"], rel=1e-3)
+
+
+def test_the_roofline_sums_record_82_up_to_a_race(monkeypatch, capsys):
+    """With collectives that take no time, what is left is the rest."""
+    monkeypatch.setenv("PRESET", "frontier")
+    assert roofline.main([]) == roofline.main(["--nvlink", "1e9"]) == 0
+    found = re.findall(r"^estimate of the race, 1385 steps: ([\d.]+) s, ([\d.]+) s of it in collectives$",
+                       capsys.readouterr().out, re.M)
+    (whole, sending), (rest, none) = [[float(x) for x in line] for line in found]
+    assert none == 0 < sending < whole == pytest.approx(rest + sending, abs=0.11)
+
+
 @pytest.mark.parametrize("window, document", [(1, 1), (3, 10), (10, 10), (50, 10)])
 def test_the_roofline_counts_the_keys_that_the_mask_shows(window, document):
     starts = torch.tensor([0], dtype=torch.int32)

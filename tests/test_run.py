@@ -60,7 +60,7 @@ def race(monkeypatch, tmp_path):
         for function in (train_step, validate, save_checkpoint):
             monkeypatch.setattr(train_gpt, function.__name__, function)
         monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: len(trained) + 1000.0 * len(validated))
-        optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[]), Log(s, 0)
+        optimizer, log = SimpleNamespace(rank=0, world_size=1, sharded_params=[], waiting=False), Log(s, 0)
         model = SimpleNamespace(settings=s, enter_stage=lambda stage: None)
         schedule = train_gpt.make_schedule(s)
         ending = train_gpt.train(model, optimizer, None, schedule, None, log, Clock(CPU), {}, 0)

@@ -44,8 +44,8 @@ def test_the_windows_grow_at_each_third_of_the_run(number, stage):
 def test_a_setting_with_several_values_has_one_for_each_stage_and_one_value_holds_for_all():
     s = replace(RACE, num_iterations=4, window_schedule=(2, 5), window_block=10, batch_tokens=(128, 256),
                 max_seq_len=(7,), stage_starts=(0, 3), stage_lr_factors=(1.0, 1.5))
-    first = train_gpt.Stage(0, 128, 7, 20, 10, 1.0)
-    second = train_gpt.Stage(3, 256, 7, 50, 20, 1.5)
+    first = train_gpt.Stage(0, 128, 7, 20, 10, 1.0, (20,))
+    second = train_gpt.Stage(3, 256, 7, 50, 20, 1.5, (20, 50))
     assert train_gpt.make_stages(s) == [first, second]
     assert [step.stage for step in train_gpt.make_schedule(s)] == [first] * 3 + [second] * 2
 

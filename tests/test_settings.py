@@ -71,7 +71,7 @@ SAMPLES = dict(  # values that fit the speedrun, where an arbitrary one would co
     batch_tokens="1280,2560", microbatches="4", layout="M " * 11 + "A", value_embeds="." * 12, bos_id="5",
     window_pattern="L" * 12, window_schedule="2,5", stage_starts="0,3", stage_lr_factors="1.0,1.5",
     max_seq_len="99,98", model_dim="96", num_heads="3", gate_channels="0", vocab_size="50304",
-    ngram_max="3", key_offset="1", equal_qk_start="1",
+    ngram_max="3", key_offset="1", equal_qk_start="1", network="frontier", token_weights="1.0,0.5",
 )
 
 
@@ -82,7 +82,8 @@ def test_every_setting_is_read_from_the_environment(name):
     text = SAMPLES.get(name) or {int: "7", float: "0.5", bool: "0", str: "x"}[kind]
     together = dict(layout=dict(VALUE_EMBEDS="." * 12), equal_qk_start=dict(KEY_OFFSET="1")).get(name, {})
     if kind is tuple:
-        s, changed, _ = read_settings({"PRESET": "speedrun", "WINDOW_SCHEDULE": "5,6", name.upper(): text})
+        more = {"WINDOW_SCHEDULE": "5,6", "NETWORK": "frontier" if name == "token_weights" else "gpt"}
+        s, changed, _ = read_settings({"PRESET": "speedrun", **more, name.upper(): text})
         assert train_gpt.setting_text(getattr(s, name)) == text and name in changed
         return
     s, changed, _ = read_settings({"PRESET": "speedrun", name.upper(): text} | together)

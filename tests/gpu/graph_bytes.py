@@ -5,16 +5,18 @@ Count what the compiled blocks would read and write in an H100's memory. Needs n
     python3 -m venv VENV && VENV/bin/pip install torch==2.14.1 numpy huggingface_hub tqdm    # built for CUDA
     VENV/bin/python tests/gpu/graph_bytes.py [SCRIPT] [--kinds]
 
-It is a count, not a time: the bytes that the kernels and products of GPT.hidden (all but the head) read and
-write for one microbatch of the speedrun. Nothing is computed: tensors have shapes and no values, the blocks
-are traced on the CPU as torch.compile traces them, and Inductor plans the kernels of both graphs as if they
-were on the GPU. Of a buffer, such as a bank of weights, our count takes what a kernel uses; Inductor's own
-takes all of it. What is kept is all that the forward graph saves, without parameters and inputs.
+It is a count, not a time: the bytes that the kernels and products of the blocks (all but the head) read and
+write for one microbatch, of the second stage of the speedrun; with PRESET=frontier, of each stage. Nothing
+is computed: tensors have shapes and no values, the blocks are traced on the CPU as torch.compile traces them,
+and Inductor plans the kernels of both graphs as if they were on the GPU. Of a buffer, such as a bank of
+weights, our count takes what a kernel uses; Inductor's own takes all of it. What is kept is all that the
+forward graph saves, without parameters and inputs.
 """
 
 import argparse
 import importlib.util
 import math
+import os
 import sys
 from collections import Counter
 from copy import deepcopy
@@ -44,12 +46,12 @@ H100 = SimpleNamespace(
     max_threads_per_block=1024, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20)
 
 
-def trace(train_gpt, mode, stages):
-    """The speedrun's forward and backward graphs, cut where torch.compile cuts, for each of these stages.
-    A graph break is an error."""
-    s, graphs = train_gpt.Settings(), []
-    num_tokens = s.batch_tokens[0] // s.microbatches
-    s = replace(s, val_slice_tokens=num_tokens)  # so that the rotary tables are no longer than that
+def trace(train_gpt, mode, s, stages):
+    """The forward and backward graphs, cut where torch.compile cuts, for each of these stages. A graph break
+    is an error."""
+    graphs = []
+    s = replace(s, val_slice_tokens=16)  # so that the rotary tables are no longer than a microbatch
+    network = getattr(train_gpt, "NETWORKS", {}).get(getattr(s, "network", ""), train_gpt.GPT)
 
     def keep(gm, _):
         graphs.append(torch.fx.GraphModule(gm, deepcopy(gm.graph)))
@@ -59,10 +61,11 @@ def trace(train_gpt, mode, stages):
                            decompositions=select_decomp_table())
     kernels = train_gpt.Kernels(attn_args=train_gpt.varlen_args, attention=train_gpt.flash_attention)
     with mode:
-        hidden = train_gpt.GPT(s, kernels).hidden
+        hidden = network(s, kernels).hidden
         hidden = torch.compile(hidden, backend=backend, fullgraph=True, dynamic=False)
-        inputs, cu_seqlens = (torch.empty(n, dtype=torch.int32) for n in (num_tokens, 256))
         for stage in stages:
+            num_tokens = stage.batch_tokens // s.microbatches
+            inputs, cu_seqlens = (torch.empty(n, dtype=torch.int32) for n in (num_tokens, 256))
             hidden(inputs, cu_seqlens, stage.max_seq_len, stage).sum().backward()
     return graphs
 
@@ -146,18 +149,26 @@ def main():
     sys.modules["train_gpt"] = train_gpt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train_gpt)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    graphs = trace(train_gpt, mode, train_gpt.make_stages(train_gpt.Settings())[1:2])
-    kept = kept_bytes(graphs[0])
+    preset = os.environ.get("PRESET", "speedrun")
+    s = replace(train_gpt.Settings(), **train_gpt.PRESETS[preset])
+    stages = train_gpt.make_stages(s)[1:2]
+    if preset == "frontier":
+        stages = train_gpt.make_stages(s)[:3]  # the others are as large as the third
+    graphs = trace(train_gpt, mode, s, stages)
+    kept = [kept_bytes(graph) for graph in graphs[::2]]
     pretend_to_have_an_h100()
     print("| graph | kernels and products | GB moved | of it pointwise | GB by Inductor's count | GB kept |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    for name, gm in zip(("forward", "backward"), graphs):
+    for number, gm in enumerate(graphs):
+        name = ("forward", "backward")[number % 2]
+        if len(stages) > 1:
+            name += f", {stages[number // 2].batch_tokens // s.microbatches:,} tokens"
         kernels, kinds = plan_kernels(gm, mode), Counter()
         moved = sum(x.moved for x in kernels) / 1e9
         pointwise = sum(x.moved for x in kernels if x.pointwise) / 1e9
         by_inductor = sum(x.by_inductor for x in kernels) / 1e9
         print(f"| {name} | {len(kernels)} | {moved:.1f} | {pointwise:.1f} | {by_inductor:.1f} |",
-              f"{kept / 1e9:.1f} |" if name == "forward" else "|")
+              f"{kept[number // 2] / 1e9:.1f} |" if number % 2 == 0 else "|")
         for kernel in kernels:
             kinds[kernel.operations] += kernel.moved / 1e9
         for operations, size in kinds.most_common(20 * args.kinds):

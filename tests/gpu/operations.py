@@ -66,7 +66,8 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
     for function in (residual, residual_in_float32):
         measure(f"norm(x + h @ c_proj.T), {function.__name__}", partial(compiled(function), x, hidden, up))
     heads = x.view(tokens, s.num_heads, -1).clone().requires_grad_()
-    cos, sin = (table.to(device) for table in train_gpt.rotary_cos_sin(tokens, dim // s.num_heads))
+    frequencies = train_gpt.rotary_frequencies(dim // s.num_heads).to(device)
+    cos, sin = train_gpt.rotary_cos_sin(tokens, frequencies)
     rotate = compiled(train_gpt.norm_and_rotate)
     moved = 2 * x.nbytes / 1e12
     forward = torch.no_grad()(partial(rotate, heads, cos, sin))
@@ -116,17 +117,18 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
     measure("head: weight gradient, grads.T @ x", partial(float32, grads_t, x8_t.mT), "TFLOP/s", amount)
     if on_gpu:
         targets = torch.randint(vocab, (tokens,), device=device)
-        _, log_sums = train_gpt.softcap_loss(logits, targets)
+        one = torch.ones(1, device=device)
+        *_, log_sums = train_gpt.softcap_loss(logits, targets, one, train_gpt.Softcap())
         for tanh in (True, False):
-            losses = torch.empty_like(log_sums), torch.empty_like(log_sums)
-            call = partial(train_gpt.softcap_loss_kernel[tokens,], logits, targets, *losses, vocab,
-                           train_gpt.EXP, tanh, 4096, num_warps=8)
+            losses = [torch.empty_like(log_sums) for _ in range(3)]
+            constants = tokens, vocab, *train_gpt.Softcap(), train_gpt.LOG2, 1, tanh
+            call = partial(train_gpt.softcap_loss_kernel[tokens,], logits, targets, one, *losses, *constants,
+                           4096, num_warps=8)
             measure(f"head: loss kernel, TANH={tanh}", call, "TB/s", logits.nbytes / 1e12)
             for rows, columns, warps in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (32, 128, 4)):
                 grid = triton.cdiv(tokens, rows), triton.cdiv(vocab, columns)
-                call = partial(train_gpt.softcap_grad_kernel[grid], logits, targets, log_sums, 448.0,
-                               grads, grads_t, tokens, vocab, train_gpt.EXP, tanh,
-                               ROWS=rows, COLUMNS=columns, num_warps=warps)
+                call = partial(train_gpt.softcap_grad_kernel[grid], logits, targets, one, log_sums, 448.0,
+                               grads, grads_t, *constants, ROWS=rows, COLUMNS=columns, num_warps=warps)
                 about = f"TANH={tanh}, tiles of {rows} x {columns}, {warps} warps"
                 measure(f"head: gradient kernel, {about}", call, "TB/s", 2 * logits.nbytes / 1e12)
 

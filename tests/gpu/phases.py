@@ -74,10 +74,10 @@ def wrap_train_gpt(profile: Path | None, rounds: int) -> None:
         kernels, lines = choose_kernels(device, s)
         head_loss = kernels.head_loss
 
-        def head_loss_with_marks(x, weight, targets):
+        def head_loss_with_marks(x, *case):
             mark("blocks, forward")
             x.register_hook(lambda grad: mark("head, backward"))
-            return head_loss(x, weight, targets)
+            return head_loss(x, *case)
         return kernels._replace(head_loss=marked(head_loss_with_marks, "head, forward")), lines
 
     def batches_with_marks(*args):

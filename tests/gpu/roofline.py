@@ -4,7 +4,8 @@ What a step should cost on paper: FLOPs and bytes of each phase from the shapes 
 
     python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured shapes-log.txt]
 
-Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set. A part takes as
+Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set; frontier is
+estimated stage by stage, with Adam's part on its own steps, and summed up to the whole race. A part takes as
 long as its FLOPs or its bytes, whichever is longer; parts follow one another, and no collective overlaps with
 computation. Launches, waiting and imbalance are not counted. --measured puts what phases.py
 measured beside the estimate. None of this program's own numbers is a measurement.
@@ -36,6 +37,11 @@ RATES = dict(  # option -> (default, meaning); the defaults are assumptions for 
 # What the blocks' pointwise kernels and reductions read and write: numbers of 2 bytes for each token, channel
 # and block. graph_bytes.py counts them at the speedrun's shapes: 22.5 and 35.1 GB for 49,152 tokens.
 POINTWISE = {"blocks, forward": 24.8, "blocks, backward": 38.7}
+# Of record 82's network, counted likewise at 16,384 to 49,152 tokens: GB for 16,384 tokens, and GB for the
+# banks of matrices, whatever the tokens.
+FRONTIER_POINTWISE = {"blocks, forward": (8.5, 1.6), "blocks, backward": (13.85, 0.85)}
+# NorMuon and cautious decay, which PyTorch computes operation by operation in float32: bytes for each number
+NORMUON_BYTES = 100
 
 class Part(NamedTuple):
     phase: str  # as phases.py names it
@@ -119,6 +125,97 @@ def step_parts(s: train_gpt.Settings, ranks: int, document: int) -> list[Part]:
     return [p._replace(tflop=times * p.tflop, gigabytes=times * p.gigabytes) for p in parts] + \
         optimizer_parts(model, ranks)
 
+def frontier_blocks(model: train_gpt.FrontierGPT, s: train_gpt.Settings, stage: train_gpt.Stage,
+                    tokens: int, document: int) -> list[Part]:
+    """Of `tokens` tokens through record 82's blocks, activations and products in bfloat16."""
+    dim, kinds = s.model_dim, train_gpt.ATTENTIONS
+    num_attn, num_mlp = len(kinds) - kinds.count("-"), len(kinds)
+    weights = sum(p.numel() for name, p in model.named_parameters()
+                  if name.endswith(("bank", "gates", "gate")) or name in ("mudd_in", "mudd_out"))
+    products = 2 * tokens * weights / 1e12
+    operands = 2 * (tokens * (num_attn * 6 * dim + num_mlp * 2 * (dim + s.mlp_dim)) + weights) / 1e9
+    document = min(document, stage.max_seq_len)
+    keys = kinds.count("P") * visible_keys(stage.short_window, 2 * document)  # of half as many heads
+    keys += kinds.count("S") * visible_keys(stage.short_window, document)
+    keys += kinds.count("L") * visible_keys(stage.long_window, document)
+    attention, moved = 4 * tokens * dim * keys / 1e12, 2 * tokens * 4 * dim * num_attn / 1e9
+    parts = []
+    for phase, times, flash in (("blocks, forward", 1, 1), ("blocks, backward", 2, 2.5)):
+        by_token, fixed = FRONTIER_POINTWISE[phase]
+        parts += [Part(phase, "products", times * products, times * operands, "bf16"),
+                  Part(phase, "attention", flash * attention, times * moved, "attention"),
+                  Part(phase, "pointwise", 0, by_token * tokens / 16_384 + fixed, "bf16")]
+    dense = sum(p.nbytes for name, p in model.named_parameters() if "embed" in name) / 1e9
+    rows = tokens * dim * (5 * 2 + 2 + 4) / 1e9  # of value embeddings, bigrams and the embedding
+    parts.append(Part("blocks, backward", "gradients of tables, dense", 0, dense + 2 * rows, "bf16"))
+    return parts
+
+def frontier_step_parts(s: train_gpt.Settings, stage: train_gpt.Stage, ranks: int, document: int, tied: bool):
+    """All parts of a step of a stage on one of the ranks, and those that Adam's own steps add."""
+    with torch.device("meta"):
+        model = train_gpt.FrontierGPT(s, train_gpt.Kernels(), ranks)
+    microbatches = s.num_microbatches(ranks)
+    tokens, times = stage.batch_tokens // microbatches, microbatches // ranks
+    parts = frontier_blocks(model, s, stage, tokens, document) + head_parts(s, tokens)
+    parts = [p._replace(tflop=times * p.tflop, gigabytes=times * p.gigabytes) for p in parts]
+    adam, sent, sent_by_adam = [], 0, 0
+    for part in optimizer_parts(model, ranks):
+        if part.phase == "Muon":
+            numbers = getattr(model, part.name).numel() / ranks
+            parts.append(part._replace(gigabytes=part.gigabytes + NORMUON_BYTES * numbers / 1e9))
+        elif part.phase == "Adam":
+            adam.append(part)
+    for name, p in model.named_parameters():
+        size = p.nbytes * (ranks - 1) / ranks / 1e9
+        if model.rows[name].rule.every == 1:
+            sent += size
+        else:
+            sent_by_adam += size
+    # of the gradients that a step adds to those of the step before, or to those of its other microbatches
+    waiting = sum(p.nbytes for name, p in model.named_parameters() if model.rows[name].rule.every == 2) / 1e9
+    adam.append(Part("Adam", "adding up gradients", 0, 3 * waiting, "bf16"))
+    if times > 1:
+        parts.append(Part("Adam", "adding up gradients", 0, 3 * (times - 1) * waiting, "bf16"))
+    if tied:
+        adam.append(Part("Adam", "tied: sum and copies", 0, 36 * model.lm_head.numel() / ranks / 1e9, "bf16"))
+    for phase in ("reduce-scatter", "all-gather"):
+        parts.append(Part(phase, "matrices", 0, sent, "nvlink"))
+        adam.append(Part(phase, "all other parameters", 0, sent_by_adam, "nvlink"))
+    return parts, adam
+
+def estimate_frontier(s: train_gpt.Settings, ranks: int, document: int, rates: dict[str, float]) -> None:
+    """Print a table of phases by stage, and the time of the race."""
+    schedule = train_gpt.make_schedule(s)
+    stages = train_gpt.stages_of(schedule[:-1])
+    columns, seconds, sending = [], 0.0, 0.0
+    for stage in stages:
+        steps = [step for step in schedule[:-1] if step.stage is stage]
+        parts, adam = frontier_step_parts(s, stage, ranks, document, steps[0].tied)
+        ms, more = {}, {}
+        for found, total in ((parts, ms), (adam, more)):
+            for part in found:
+                total[part.phase] = total.get(part.phase, 0) + part.ms(rates)
+        columns.append((steps, ms, more))
+        on_adam = sum(step.number % 2 for step in steps)
+        seconds += (len(steps) * sum(ms.values()) + on_adam * sum(more.values())) / 1000
+        for phase in ("reduce-scatter", "all-gather"):
+            sending += (len(steps) * ms[phase] + on_adam * more[phase]) / 1000
+        if stage is stages[-2]:
+            print("\n| phase | part | TFLOP | GB | ms |\n| --- | --- | --- | --- | --- |")
+            for part in parts + [part._replace(phase=f"{part.phase}, on Adam's steps") for part in adam]:
+                figures = part.tflop, part.gigabytes, part.ms(rates)
+                if part.ms(rates) > 0.01:
+                    print("| " + " | ".join([part.phase, part.name, *(f"{x:.2f}" for x in figures)]) + " |")
+    names = [f"steps {steps[0].number} to {steps[-1].number}" for steps, *_ in columns]
+    print("\n| phase, ms | " + " | ".join(names) + " |\n" + "| --- " * (len(names) + 1) + "|")
+    phases = dict.fromkeys(phase for _, ms, _ in columns for phase in ms)
+    for phase in phases:
+        print(f"| {phase} | " + " | ".join(f"{ms.get(phase, 0):.2f}" for _, ms, _ in columns) + " |")
+    print("| sum | " + " | ".join(f"{sum(ms.values()):.2f}" for _, ms, _ in columns) + " |")
+    print("| more on Adam's steps | " + " | ".join(f"{sum(x.values()):.2f}" for *_, x in columns) + " |")
+    print(f"\nestimate of the race, {len(schedule) - 1} steps: {seconds:.1f} s, {sending:.1f} s of it in "
+          "collectives")
+
 def read_phases(log: str) -> dict[str, float]:
     """phase -> ms in a step, the mean over the attention windows, in a log of phases.py."""
     windows = json.loads(re.search("^phases: (.*)$", log, re.MULTILINE)[1]).values()
@@ -140,10 +237,18 @@ def main(argv=None) -> int:
         parser.error(str(error))
     if problem := train_gpt.world_size_problem(s, args.ranks):
         parser.error(problem)
-    if s.dtype != "bfloat16" or not s.fp8_head or s.ngram_rows or len(s.batch_tokens) > 1:
-        parser.error("expected DTYPE=bfloat16, FP8_HEAD=1, NGRAM_ROWS=0 and one BATCH_TOKENS; nothing else "
-                     "is estimated")
-    rates, totals, measured = {name: getattr(args, name) for name in RATES}, {}, {}
+    rates = {name: getattr(args, name) for name in RATES}
+    if s.network == "frontier" and s.dtype == "bfloat16" and s.fp8_head and not args.measured:
+        print(f"estimate, not measured: {args.ranks} ranks; "
+              + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+              + "; the parts of the third stage that take 0.01 ms:")
+        estimate_frontier(s, args.ranks, args.document, rates)
+        return 0
+    if s.network != "gpt" or s.dtype != "bfloat16" or not s.fp8_head or s.ngram_rows \
+            or len(s.batch_tokens) > 1:
+        parser.error("expected DTYPE=bfloat16, FP8_HEAD=1, NGRAM_ROWS=0 and one BATCH_TOKENS, or "
+                     "PRESET=frontier without --measured; nothing else is estimated")
+    totals, measured = {}, {}
     if args.measured:
         measured = read_phases(args.measured.read_text(encoding="utf-8"))
         measured["sum"] = sum(measured.values())

@@ -47,8 +47,8 @@ def test_every_kernel_of_a_recent_gpu_is_a_fast_one(chosen):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("an older GPU")
     kernels, lines = chosen
-    assert all(fast is not plain for fast, plain in zip(kernels, train_gpt.Kernels())), lines
-    assert kernels.head_loss == train_gpt.Float8HeadLoss.apply, lines
+    assert all(fast is not plain for fast, plain in zip(kernels[:5], train_gpt.Kernels())), lines
+    assert kernels.head_loss == train_gpt.float8_softcapped_loss, lines
 
 
 @pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
