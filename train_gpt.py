@@ -162,7 +162,7 @@ PRESETS = {
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
         num_iterations=44, target_loss=1.62, val_loss_every=11, val_tokens=32_768, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=160, batch_tokens=(1280,), microbatches=4,
+        warmup_steps=3, sample_tokens=160, batch_tokens=(1280,), microbatches=2,
         vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
         window_schedule=(11, 11, 20), window_block=16,
         gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
