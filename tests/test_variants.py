@@ -18,8 +18,9 @@ from test_report import report
 
 import race
 
-IDEAS = ROOT / "records/ideas"
-BASE = "a9228118e63f221d693ed0b2ee4a50d94558ce9a"  # of the ideas' patches
+sys.path.insert(0, str(ROOT / "records/ideas"))
+
+import ideas  # noqa: E402
 
 
 @cache
@@ -73,21 +74,14 @@ def import_file(path, name):
     return module
 
 
-split = import_file(IDEAS / "split.py", "split")
-LIST = split.rows((IDEAS / "README.md").read_text(encoding="utf-8"))
-
-
-def expressed(row):
-    """(patches, environment) of an idea, from its row."""
-    patches = [IDEAS / name for name in re.findall(r"\]\((\S+\.patch)\)", row[6])]
-    settings = dict(word.split("=") for text in re.findall(r"`(.*?)`", row[6]) for word in shlex.split(text))
-    return patches, settings
+TEXT = ideas.README.read_text(encoding="utf-8")
+LIST = ideas.read_rows(TEXT)
 
 
 def train_three_steps(patches, environment, folder):
     """(losses of three steps of a small model, its parameters) under these patches and settings. A parameter
     before two matrices that start at zero, as the gates are, changes in the third."""
-    module = import_file(patched(BASE, patches, folder), "patched")
+    module = import_file(patched(ideas.BASE, patches, folder), "patched")
     preset = dict(PRESET="demo", NGRAM_ROWS="0", KEY_OFFSET="0", EQUAL_QK_START="0", GATE_CHANNELS="12",
                   WINDOW_SCHEDULE="3,7,11", BATCH_TOKENS="6144", MICROBATCHES="2", NUM_ITERATIONS="300")
     given, overrides, _ = module.read_settings(preset | environment)
@@ -115,9 +109,8 @@ def base_result(tmp_path_factory):
 
 @pytest.mark.parametrize("row", LIST, ids=lambda row: row[0])
 def test_an_idea_applies_trains_and_changes_what_is_learned(row, tmp_path, base_result):
-    patches, settings = expressed(row)
-    assert patches or settings
-    losses, parameters = train_three_steps(patches, settings, tmp_path)
+    settings = dict(word.split("=") for word in ideas.settings_of(row))
+    losses, parameters = train_three_steps(ideas.patches_of(row), settings, tmp_path)
     assert np.isfinite(losses).all()
     base = base_result[1]
     if parameters.keys() == base.keys():
@@ -130,14 +123,25 @@ def test_the_list_has_at_least_20_ideas_and_6_losers_and_every_patch_in_it():
     for row in LIST:
         gain = float(row[2])
         assert row[1] == ("neutral" if abs(gain) < 0.25 else "winner" if gain > 0 else "loser")
-    named = {patch.name for row in LIST for patch in expressed(row)[0]}
-    assert named == {path.name for path in IDEAS.glob("*.patch")}
-    assert BASE in (IDEAS / "README.md").read_text(encoding="utf-8")
+    assert {patch for row in LIST for patch in ideas.patches_of(row)} == set(ideas.FOLDER.glob("*.patch"))
+    assert ideas.BASE in TEXT
 
 
 def test_the_halves_of_the_list_are_those_that_the_seed_draws():
-    assert split.main(["--check"]) == 0
-    assert {row[-1] for row in LIST if row[0] in split.TRIED} == {"first"}
+    assert ideas.fill_in(TEXT) == TEXT
+    assert {row[-1] for row in LIST if row[0] in ideas.TRIED} == {"first"}
     for kind in ("winner", "loser"):
         halves = [row[-1] for row in LIST if row[1] == kind]
         assert abs(halves.count("first") - halves.count("second")) <= 1
+
+
+def test_the_ideas_of_a_half_are_printed_as_versions_that_race_reads(capsys):
+    script_at(ideas.BASE)  # skips the test where history lacks it
+    assert ideas.main(["first"]) == 0
+    versions = [race.read_version(text) for text in shlex.split(capsys.readouterr().out)]
+    rows = [row for row in LIST if row[-1] == "first"]
+    assert [version.label for version in versions] == ["base", *(row[0] for row in rows)]
+    assert {version.commit for version in versions} == {ideas.BASE}
+    for version, row in zip(versions[1:], rows):
+        assert version.patches == ideas.patches_of(row)
+        assert [f"{name}={value}" for name, value in version.overrides.items()] == ideas.settings_of(row)
