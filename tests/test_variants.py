@@ -28,7 +28,7 @@ def script_at(commit):
     """train_gpt.py at a commit. Skips the test where git's history lacks it."""
     done = subprocess.run(["git", "show", f"{commit}:train_gpt.py"], cwd=ROOT, capture_output=True)
     if done.returncode:
-        pytest.skip(f"git's history here lacks commit {commit[:7]}")
+        pytest.skip(f"git's history here lacks commit {commit}")
     return done.stdout.decode()
 
 
