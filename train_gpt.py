@@ -1749,7 +1749,9 @@ def count_processes(s: Settings, device: torch.device) -> int:
 
 def threads_of_each(count: int) -> int:
     """Threads of one of `count` processes that share the CPU: OMP_NUM_THREADS, or its share of the cores."""
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, count_cores() // count))
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()  # as PyTorch has read it
+    return max(1, count_cores() // count)
 
 @contextmanager
 def other_ranks(count: int):
@@ -2404,8 +2406,7 @@ class Prepared(NamedTuple):
     settings: list[str]  # a line for each
     about: list[str]  # the run in a few lines
 
-def prepare(s: Settings, overrides: list[str], about: list[str], device: torch.device,
-            world_size: int) -> Prepared:
+def prepare(s: Settings, overrides: list[str], about: list[str], world_size: int) -> Prepared:
     """Read and check the data, and describe the run. about: its first lines. Raises UserError."""
     settings = [f"{name}: {setting_text(value)}{'  (overridden)' * (name in overrides)}"
                 for name, value in asdict(s).items()]
@@ -2425,7 +2426,7 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     if launched.local_rank == 0:
         ensure_demo_data(s)  # the other ranks wait for this one in connect
     connect(device, launched)
-    val_tokens, plan, settings, about = prepare(s, overrides, [*notes, why_device], device, world_size)
+    val_tokens, plan, settings, about = prepare(s, overrides, [*notes, why_device], world_size)
     log = Log(s, rank)
     try:
         log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
@@ -2475,7 +2476,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
     count = count_processes(s, device)
     if dry_run or (device.type == "cuda" and count > 1):  # what is wrong is told here, once
         ensure_demo_data(s)
-        prepared = prepare(s, overrides, [*notes, why_device], device, count)
+        prepared = prepare(s, overrides, [*notes, why_device], count)
     if dry_run:
         settings = ["  " + setting for setting in prepared.settings]
         print("settings:", *settings, *prepared.about, sep="\n")
@@ -2513,7 +2514,8 @@ def main(argv=None) -> int:
             print(f"{'' if rank is None else f'rank {rank}: '}{where}{error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks get it
+            print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
 
 if __name__ == "__main__":
