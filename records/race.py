@@ -3,12 +3,14 @@ __doc__ = """
 race.py: run versions in turn on this machine, A B C A B C ..., and compare each with the first.
 
     python records/race.py A B [C ...] -n 5 --name Gates     # logs in records/DATE_Gates/LABEL/round-01.txt
-    TARGET_LOSS=0 python records/race.py "" "KEY_OFFSET=0 NGRAM_ROWS=0" glu:variants/glu.py -n 5
+    TARGET_LOSS=0 python records/race.py "" "KEY_OFFSET=0 NGRAM_ROWS=0" glu:my_glu.py -n 5
+    TARGET_LOSS=0 python records/race.py "" idea:+idea.patch "both:+idea.patch+other.patch" -n 5
 
-A version is [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]: a git revision, the path of a script, or this
-checkout's train_gpt.py, with settings. In round r all run with SEED=r. All take as many processes as this
-checkout's train_gpt.py would; NPROC sets another number. The same command continues a race that was stopped;
-a larger -n adds rounds. records/README.md has the details.
+A version is [LABEL:][REVISION or SCRIPT][+FILE.patch ...] [NAME=VALUE ...]: a git revision, the path of a
+script, or this checkout's train_gpt.py, with patches (as git diff writes them) and settings. In round r all
+run with SEED=r. All take as many processes as this checkout's train_gpt.py would; NPROC sets another number.
+The same command continues a race that was stopped; a larger -n adds rounds. records/README.md has the
+details.
 """
 
 import argparse
@@ -41,6 +43,7 @@ class Version:
     script: Path  # not used if there is a commit
     commit: str | None
     overrides: dict[str, str]
+    patches: list[Path] = field(default_factory=list)  # applied in this order
     folder: Path | None = None  # where it runs; prepare() finds out this and what follows
     source: str = ""  # without the newlines at its end
     settings: dict[str, str] = field(default_factory=dict)  # name -> repr, as its --dry-run prints them
@@ -58,6 +61,8 @@ class Version:
 
 # ----------------------------------------------------------------------------------------------------------
 # Versions
+
+FORM = "[LABEL:][REVISION or SCRIPT][+FILE.patch ...] [NAME=VALUE ...]"
 
 @cache
 def processes_here() -> dict[str, str]:
@@ -97,21 +102,37 @@ def git(*arguments) -> str | None:
     return None if done.returncode else done.stdout.strip()
 
 def read_version(text: str) -> Version:
-    """Read [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]. Raises ReportError."""
+    """Read [LABEL:][REVISION or SCRIPT][+FILE.patch ...] [NAME=VALUE ...]. Raises ReportError."""
     label, rest = re.fullmatch(r"(?:(\w[\w.,+=-]*):)?(.*)", text, re.DOTALL).groups()
     try:
         words = shlex.split(rest)
-        base = words.pop(0) if words and "=" not in words[0] else ""
+        first = words.pop(0) if words and "=" not in words[0] else ""
         overrides = dict(word.split("=", 1) for word in words)
     except ValueError:  # an open quote, or a word without "="
-        raise ReportError(f"{text!r}: expected [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...].") from None
+        raise ReportError(f"{text!r}: expected {FORM}.") from None
+    base, ends = re.fullmatch(r"(.*?)((?:\+[^+]+\.patch)*)", first, re.DOTALL).groups()
+    patches = [Path(name) for name in ends.split("+")[1:]]
+    for patch in patches:
+        if not patch.is_file():
+            raise ReportError(f"{text!r}: expected a patch at {patch}, found no such file.")
     script = Path(base) if base not in ("", "baseline") else ROOT / "train_gpt.py"
     commit = None if script.is_file() else git("rev-parse", "--verify", "--quiet", f"{base}^{{commit}}")
     if not script.is_file() and not commit:
         raise ReportError(f"{base!r}: expected a script, a git revision or NAME=VALUE, found none of these.")
-    name = Path(base).name.removesuffix(".py")
+    names = [Path(base).name.removesuffix(".py"), *(patch.stem for patch in patches)]
+    name = "+".join(filter(None, names))
     default = re.sub(r"[^\w.,+=-]+", "_", "_".join([name, *words])).strip("_") or "baseline"
-    return Version(label or default, script, commit, overrides)
+    return Version(label or default, script, commit, overrides, patches)
+
+def apply_patch(patch: Path, folder: Path) -> None:
+    """Change the files in a folder as a patch says. Raises ReportError."""
+    # a repository above the folder is none of this one's: git would look there for the files
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", "apply", "--whitespace=nowarn", patch.resolve()]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, **UTF8)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[0].removeprefix("error: ")
+        raise ReportError(f"{patch} does not apply: {reason}")
 
 def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
     """Make `folder` the place where the version runs, and read its settings. Raises ReportError."""
@@ -123,6 +144,11 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
     else:
         folder.mkdir()
         shutil.copyfile(version.script, script)
+    for patch in version.patches:
+        try:
+            apply_patch(patch, folder)
+        except ReportError as error:
+            raise ReportError(f"{version.label}: {error}.") from None
     (folder / "data").mkdir(exist_ok=True)
     for entry in (ROOT / "data").glob("*"):  # the shards, which a worktree lacks because git ignores them
         if not (folder / "data" / entry.name).exists():
@@ -200,6 +226,19 @@ def console():
         with suppress(OSError):
             print(f"cannot print on ({error}); the logs are kept as before", file=sys.stderr)
 
+def describe_version(version: Version, out: Path) -> dict:
+    """A version for race.json. Of one with patches: where they are, from race.json's folder, and the commit
+    whose train_gpt.py they were applied to; None if no commit has it."""
+    described = dict(label=version.label, commit=version.commit, overrides=version.overrides)
+    if version.patches:
+        base = version.commit
+        is_this_checkouts = version.script == ROOT / "train_gpt.py"
+        if base is None and is_this_checkouts and git("status", "--short", "train_gpt.py") == "":
+            base = git("rev-parse", "HEAD")
+        described["base"] = base
+        described["patches"] = [Path(os.path.relpath(patch, out)).as_posix() for patch in version.patches]
+    return described
+
 def race(versions: list[Version], rounds: int, out: Path) -> None:
     """Run what is missing of a race. Raises ReportError, and KeyboardInterrupt if it is stopped."""
     with tempfile.TemporaryDirectory(prefix="race-") as place, ExitStack() as stack:
@@ -213,7 +252,7 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
                 check_hardware(*run[1:])
         for version in versions:
             (out / version.label).mkdir(parents=True, exist_ok=True)
-        described = [dict(label=v.label, commit=v.commit, overrides=v.overrides) for v in versions]
+        described = [describe_version(version, out) for version in versions]
         (out / "race.json").write_text(json.dumps({"versions": described}, indent=1) + "\n", encoding="utf-8")
         with console():
             print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}")

@@ -1,11 +1,13 @@
 """race.py: versions, turns, seeds, continuing, failures; with a small script in place of train_gpt.py."""
 
+import difflib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
@@ -65,6 +67,15 @@ class Race:
         log = our_log(1.0, ms=400.0)
         path.write_text(f"NAME, LOG, LOG_NAME = {name!r}, {log!r}, {log_name!r}\n{SCRIPT}{extra}")
         return str(path)
+
+    def patch(self, name, old, new):
+        """A patch that changes a line of a.py, with a sentence above it."""
+        before = Path(self.a).read_text().splitlines(keepends=True)
+        after = [line.replace(old, new) for line in before]
+        path = self.folder / f"{name}.patch"
+        diff = difflib.unified_diff(before, after, "a/train_gpt.py", "b/train_gpt.py")
+        path.write_text("What it is for.\n\n" + "".join(diff))
+        return path
 
     def run(self, *arguments):
         """Exit code, the calls that were made, stdout and stderr."""
@@ -213,13 +224,17 @@ def test_this_machine_is_described_as_in_a_log(monkeypatch):
     (["{a}", "{b} WIDTH=0"], "b_WIDTH=0 cannot run: WIDTH: expected at least 1, found 0."),
     (["{a}", "{b} WITH=2 width=3"], "b_WITH=2_width=3: expected names of settings, found WITH, width."),
     (["{a}", "{a}"], "expected different labels, found ['a', 'a']; put LABEL: in front of one."),
-    (["{a} HEAD"], "expected [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]."),
+    (["{a} HEAD"], "expected [LABEL:][REVISION or SCRIPT][+FILE.patch ...] [NAME=VALUE ...]."),
     (["no-such-thing"], "'no-such-thing': expected a script, a git revision or NAME=VALUE"),
-    (["'unclosed"], "expected [LABEL:][REVISION or SCRIPT] [NAME=VALUE ...]."),
+    (["'unclosed"], "expected [LABEL:][REVISION or SCRIPT][+FILE.patch ...] [NAME=VALUE ...]."),
+    (["{a}+no-such.patch"], "expected a patch at no-such.patch, found no such file."),
+    (["bad:{b}+{b}.patch"], "bad: {b}.patch does not apply: patch failed: train_gpt.py:1."),
+    (["{a}+{a}"], "expected a script, a git revision or NAME=VALUE, found none of these."),
 ])
 def test_what_cannot_run_is_said_before_anything_runs(racing, versions, what):
+    racing.patch("b.py", "NAME, LOG, LOG_NAME = 'a'", "NAME, LOG, LOG_NAME = 'c'")  # only a.py has this line
     code, calls, _, err = racing.run(*(text.format(a=racing.a, b=racing.b) for text in versions))
-    assert code == 1 and not calls and what in err and err.count("\n") == 1
+    assert code == 1 and not calls and what.format(b=racing.b) in err and err.count("\n") == 1
     assert not racing.out.exists()
 
 
@@ -250,12 +265,51 @@ def test_a_revision_runs_in_a_worktree_that_is_removed_and_the_working_tree_in_a
     # the first run edits the working tree, of which a copy was taken
     edit = f"Path({str(repository / 'train_gpt.py')!r}).write_text('broken')\n"
     (repository / "train_gpt.py").write_text(open(racing.b).read() + edit)
-    code, calls, _, err = racing.run("old:HEAD WIDTH=3", "", "-n", 2)
-    assert code == 0 and calls == ["a 3 1", "b 1 1", "a 3 2", "b 1 2"], err
+    named = racing.patch("named", "NAME, LOG, LOG_NAME = 'a'", "NAME, LOG, LOG_NAME = 'c'")
+    code, calls, _, err = racing.run("old:HEAD WIDTH=3", "", f"HEAD+{named}", "-n", 2)
+    assert code == 0 and calls == ["a 3 1", "b 1 1", "c 1 1", "a 3 2", "b 1 2", "c 1 2"], err
     assert git("worktree", "list").count("\n") == 1
     kept = json.loads((racing.out / "race.json").read_text())["versions"]
     assert kept[0] == dict(label="old", commit=git("rev-parse", "HEAD").strip(), overrides={"WIDTH": "3"})
+    assert kept[2] == dict(label="HEAD+named", commit=kept[0]["commit"], overrides={}, base=kept[0]["commit"],
+                           patches=["../named.patch"])
     assert report.read_log(racing.out / "old/round-01.txt").source == open(racing.a).read().rstrip()
+
+
+def test_a_patch_of_this_checkouts_script_is_a_version(racing, monkeypatch):
+    """Also where a race's folders lie in a git repository, which git would take for that of the script."""
+    monkeypatch.setattr(race, "ROOT", racing.folder)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], cwd=racing.folder, check=True)
+    (racing.folder / "train_gpt.py").write_text(Path(racing.a).read_text())
+    subprocess.run([*git, "add", "train_gpt.py"], cwd=racing.folder, check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], cwd=racing.folder, check=True)
+    named = racing.patch("named", "NAME, LOG, LOG_NAME = 'a'", "NAME, LOG, LOG_NAME = 'c'")
+    code, calls, _, err = racing.run("", f"idea:+{named}", "-n", 1)
+    assert code == 0 and calls == ["a 1 1", "c 1 1"], err
+    kept = json.loads((racing.out / "race.json").read_text())["versions"]
+    assert kept[1] == dict(label="idea", commit=None, overrides={}, base=race.git("rev-parse", "HEAD"),
+                           patches=["../named.patch"])
+    edited = racing.folder / "train_gpt.py"
+    edited.write_text(edited.read_text() + "# edited\n")
+    version = race.read_version(f"idea:+{named}")
+    assert race.describe_version(version, racing.out)["base"] is None
+
+
+def test_patches_change_a_script_one_after_the_other_and_race_json_names_them(racing):
+    wide = racing.patch("wide", 'os.environ.get(name.upper(), "1")', 'os.environ.get(name.upper(), "5")')
+    named = racing.patch("named", "NAME, LOG, LOG_NAME = 'a'", "NAME, LOG, LOG_NAME = 'c'")
+    versions = racing.a, f"{racing.a}+{wide}", f"both:{racing.a}+{wide}+{named} WIDTH=7"
+    code, calls, _, err = racing.run(*versions, "-n", 1)
+    assert code == 0 and calls == ["a 1 1", "a 5 1", "c 7 1"], err
+    kept = json.loads((racing.out / "race.json").read_text())["versions"]
+    assert kept[0] == dict(label="a", commit=None, overrides={})
+    assert kept[1] == dict(label="a+wide", commit=None, overrides={}, base=None, patches=["../wide.patch"])
+    assert kept[2] == dict(label="both", commit=None, overrides={"WIDTH": "7"}, base=None,
+                           patches=["../wide.patch", "../named.patch"])
+    racing.patch("wide", 'os.environ.get(name.upper(), "1")', 'os.environ.get(name.upper(), "6")')
+    code, calls, _, err = racing.run(*versions)
+    assert code == 1 and not calls and "a+wide differ in target_loss (5, 6), width (5, 6), source: " in err
 
 
 def test_a_race_by_name_is_found_again_on_another_day(tmp_path, monkeypatch):

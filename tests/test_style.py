@@ -23,7 +23,8 @@ def test_ruff_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-TOOLS = [path for path in sorted(ROOT.glob("*/*.py")) + sorted(ROOT.glob("tests/*/*.py"))
+PLACES = "*/*.py", "tests/*/*.py", "records/ideas/*.py"
+TOOLS = [path for place in PLACES for path in sorted(ROOT.glob(place))
          if "ArgumentParser(" in path.read_text(encoding="utf-8") and path != Path(__file__)]
 
 
