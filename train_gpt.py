@@ -1990,34 +1990,6 @@ HEADER_BYTES = 1024
 REMAKE = ("make shards from text with python data/tokenize_text.py, fetch FineWeb's with "
           "python data/cached_fineweb10B.py, or name other files")
 OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files, or name other files"
-FIRST_BYTES = {  # of files that are sometimes taken for shards
-    b"\x1f\x8b": "a gzip file",
-    b"PK\3\4": "a zip file",
-    b"\x93NUMPY": "a NumPy file",
-    b"PAR1": "a Parquet file",
-    (20240801).to_bytes(4, "little"): "a shard of llm.c for Llama 3, with ids of 32 bits",
-}
-
-def describe_file(path: Path) -> str:
-    """What a file that does not begin like a shard most likely is. Raises OSError."""
-    with open(path, "rb") as file:
-        head = file.read(8192)
-    for first_bytes, kind in FIRST_BYTES.items():
-        if head.startswith(first_bytes):
-            return kind
-    if not head:
-        return "an empty file"
-    if not {*range(9)} & {*head}:  # no control bytes
-        return "text"
-    words = np.frombuffer(head[:len(head) // 8 * 8], "<u4")
-    if len(words) and words[0] == SHARD_KIND[0]:
-        return f"a shard of version {words[1]}"
-    for bits, most_ids in ((32, 2**18), (16, 50_304)):  # vocabularies that are common
-        ids = words.view(f"<u{bits // 8}")
-        if any(words[:2]) and ids.max() < most_ids:
-            return f"token ids of {bits} bits without a header, as of nanoGPT and old versions of llm.c"
-    return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
-
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
     def __init__(self, path: Path, s: Settings):
@@ -2027,8 +1999,10 @@ class TokenShard:
         self.bos_id = s.bos_id
         self.checksum = None
         header = np.fromfile(path, "<i4", count=256).tolist()
-        if header[:2] != SHARD_KIND:
-            self.expect(False, f"a token shard, which begins with {SHARD_KIND}", describe_file(path))
+        with open(path, "rb") as file:
+            first_bytes = file.read(8)  # of most other files, they say which kind it is
+        self.expect(header[:2] == SHARD_KIND, f"a token shard, which begins with {SHARD_KIND}",
+                    f"{header[:2]}, the bytes {first_bytes!r}")
         self.expect(len(header) == 256, f"a header of {HEADER_BYTES:,} bytes", f"{4 * len(header):,}")
         self.num_tokens = header[2]
         size = path.stat().st_size
@@ -2107,6 +2081,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     at its stage's max_seq_len, the last where the microbatch is full. The rest of a cut document is dropped,
     and the next document opens the next microbatch, also at a stage's border (BOS alignment: @classiclarryd,
     @varunneal). Raises UserError."""
+    most_of_one = max(min(stage.max_seq_len, stage.batch_tokens // num_microbatches + 1)
+                      for stage in stages_of(schedule[:-1]))
     source = read_documents(shards, s.epochs)
     documents = []  # what came from the source
     first_document = [0]
@@ -2125,8 +2101,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
                 more = next(source, None)
                 if more is None:
                     steps_done = (len(first_document) - 1) // num_microbatches
-                    usable = find_usable(shards, documents, schedule, num_microbatches)
-                    raise UserError(describe_shortage(shards, s, steps_done, usable, schedule))
+                    problem = describe_long_documents(shards, documents, s, most_of_one)
+                    raise UserError(describe_shortage(shards, s, steps_done, problem))
                 documents.append(more)
                 pending = np.concatenate((pending[taken:], more[2]))
                 ends = np.cumsum(np.minimum(pending, stage.max_seq_len))
@@ -2140,7 +2116,7 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     passes = math.ceil(len(documents) / len(shards))
     summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {counted(passes, 'pass')}, uses "
                f"{used:,} ({used / read:.1%}) and drops the ends of cut documents")
-    if problem := describe_long_documents(s, find_usable(shards, documents, schedule, num_microbatches)):
+    if problem := describe_long_documents(shards, documents, s, most_of_one):
         summary += f"\ndata: WARNING: {problem}"
     return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
                        summary)
@@ -2148,63 +2124,29 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
 def describe_shards(shards: list[TokenShard]) -> str:
     return f"{sum(shard.num_tokens for shard in shards):,} tokens in {counted(len(shards), 'shard')}"
 
-class Usable(NamedTuple):
-    """What a pass over the shards that were read can give."""
-    tokens: int  # all that are there
-    cuts: dict[Stage, int]  # stage -> the most tokens that a microbatch takes of a document
-    usable: dict[Stage, int]  # stage -> tokens within these
-    passes: int  # that are enough for the run
-
-def find_usable(shards: list[TokenShard], documents: list[np.ndarray], schedule: list[Step],
-                num_microbatches: int) -> Usable:
-    """documents: of each shard of each pass, as far as they were read."""
+def describe_long_documents(shards: list[TokenShard], documents: list[np.ndarray], s: Settings,
+                            most_of_one: int) -> str:
+    """What is to be said if most of the tokens that were read lie behind the ends of cut documents; '' if
+    not. documents: as read_documents gave them; most_of_one: the most tokens that a run uses of one."""
     first_pass = documents[:len(shards)]
-    sizes = np.concatenate([x[2] for x in first_pass])
-    cuts = {}
-    usable = {}
-    passes = 0.0
-    for stage in stages_of(schedule[:-1]):
-        room = stage.batch_tokens // num_microbatches + 1
-        cuts[stage] = min(stage.max_seq_len, room)
-        usable[stage] = int(np.minimum(sizes, cuts[stage]).sum())
-        microbatches = num_microbatches * sum(step.stage is stage for step in schedule[:-1])
-        # a microbatch drops at most the rest of its last document
-        passes += microbatches * (room + cuts[stage] - 1) / usable[stage]
-    passes += len({*cuts.values()}) - 1  # the parts of a pass before and after another cut may be unequal
     tokens = sum(shard.num_tokens for shard in shards[:len(first_pass)])
-    return Usable(tokens, cuts, usable, math.ceil(passes))
-
-def describe_long_documents(s: Settings, found: Usable) -> str:
-    """What is to be said if most tokens lie behind the ends of cut documents; '' if not."""
-    stage = max(found.cuts, key=found.cuts.get)
-    cut = found.cuts[stage]
-    usable = found.usable[stage]
-    if usable >= found.tokens / 2:
+    usable = sum(int(np.minimum(sizes, most_of_one).sum()) for _, _, sizes in first_pass)
+    if usable >= tokens / 2:
         return ""
-    text = (f"only {usable:,} of {found.tokens:,} tokens can be used ({usable / found.tokens:.1%}), the same "
-            f"ones in every pass, since a run uses at most {cut:,} tokens of a document, from "
-            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does")
-    if cut >= (641 if s.vocab_size == 257 else 2048):  # where it cuts them
-        return text
-    return text + (", and raise MAX_SEQ_LEN" if cut == stage.max_seq_len
-                   else ", and raise BATCH_TOKENS or lower MICROBATCHES")
+    return (f"only {usable:,} of {tokens:,} tokens can be used ({usable / tokens:.1%}), the same ones in "
+            f"every pass, since a run uses at most {most_of_one:,} tokens of a document, from "
+            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does, or raise "
+            "MAX_SEQ_LEN and BATCH_TOKENS")
 
-def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, found: Usable,
-                      schedule: list[Step]) -> str:
+def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, long_documents: str) -> str:
     """A sentence for shards that are enough for `steps` steps only."""
-    text = (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
-            f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, enough for "
-            f"{steps} steps; ")
-    if problem := describe_long_documents(s, found):
-        return f"{text}{problem}."
-    stage = schedule[0].stage
-    more = "add text (python data/tokenize_text.py)"
-    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
-    if "fineweb" in s.train_files and needed <= 103:  # as many as there are
-        more = f"add shards ({needed} in all; python data/cached_fineweb10B.py {needed})"
-    if found.usable[stage] < stage.batch_tokens:
-        return f"{text}{more}: a pass gives {found.usable[stage]:,} tokens, which every step would repeat."
-    return f"{text}raise EPOCHS to {found.passes} or {more}."
+    advice = long_documents
+    if not advice:
+        advice = ("raise EPOCHS or " * (steps > 0) + "add text (python data/tokenize_text.py, or for FineWeb "
+                  "python data/cached_fineweb10B.py)")
+    return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+            f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, in "
+            f"{counted(s.epochs, 'pass')} enough for {steps} steps; {advice}.")
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
