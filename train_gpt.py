@@ -333,22 +333,13 @@ def find_contradictions(s: Settings) -> list[str]:
         found.append(problem)
     return found
 
-def is_of_other_program(name: str, text: str) -> bool:
-    """Whether a variable that is nearly called like setting `name` is rather another program's: many
-    have such a folder (LOGDIR), or the setting cannot have the value (MODEL_DIR=/opt/model: MODEL_DIM)."""
-    if name in ("log_dir", "data_path"):
-        return True
-    default = getattr(Settings(), name, None)  # None: name is "preset"
-    if isinstance(default, str):
-        problems = find_contradictions(replace(Settings(), **{name: text}))
-        return any(problem.startswith(f"{name.upper()}:") for problem in problems)
-    is_number = isinstance(default, int | float | tuple) and not isinstance(default, bool)
-    return is_number and text[:1] not in "+-.0123456789"
+# Names that resemble a setting's, but that other programs have, too
+OF_OTHER_PROGRAMS = {"LOGDIR", "DATAPATH", "MODEL_DIR"}
 
 def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
     """The settings, the names of those that the environment sets, and lines for the log: how the preset was
     chosen, and warnings. Raises UserError (exit code 2) with a sentence for every unknown preset, wrong
-    value, near miss of a setting's name that is no other program's, and contradiction."""
+    value, near miss of a setting's name, and contradiction."""
     preset, why_preset = choose_preset(environ)
     lines = [why_preset]
     kinds = {f.name.upper(): f.type for f in fields(Settings)}
@@ -362,7 +353,7 @@ def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
         if meant and name not in (*meant, "PRESET"):
             near_miss = f"unknown setting; did you mean {meant[0]}?"
-            if is_of_other_program(meant[0].lower(), environ[name]):
+            if upper in OF_OTHER_PROGRAMS:
                 lines.append(f"{name}: WARNING: {near_miss} Otherwise leave {name} as it is.")
             else:
                 problems.append(f"{name}: {near_miss} Otherwise unset {name}.")
