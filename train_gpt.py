@@ -897,8 +897,16 @@ class Network(nn.Module):
 
     def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
         """What is minimised, and the next token's loss for the log; both summed over the tokens."""
-        loss = self(*batch, step.stage)
-        return loss, loss.detach()
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                stage: Stage) -> Tensor:
+        """Validation: the next token's cross-entropy in nats, summed over the tokens, a float32 scalar. The
+        first four arguments are a Batch."""
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
+        chunks = zip(x.split(8192), targets.split(8192))  # to save memory
+        losses = [F.cross_entropy(self.logits(part), target, reduction="sum") for part, target in chunks]
+        return torch.stack(losses).sum()
 
 class GPT(Network):
     """Record 30's network, and the demo's three ideas, off by default."""
@@ -956,15 +964,10 @@ class GPT(Network):
         rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), init_scalars, tiny=True)
         return rows
 
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                stage: Stage) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens, a float32 scalar. The first four arguments are a
-        Batch."""
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
-        if torch.is_grad_enabled():
-            return self.kernels.head_loss(x, self.lm_head, targets)
-        chunks = zip(x.split(8192), targets.split(8192))  # in validation, to save memory
-        return torch.stack([softcapped_loss(part, self.lm_head, target) for part, target in chunks]).sum()
+    def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
+        x = self.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
+        loss = self.kernels.head_loss(x, self.lm_head, batch.targets)
+        return loss, loss.detach()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
@@ -1292,14 +1295,6 @@ class FrontierGPT(Network):
         x = self.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
         weights = torch.stack([torch.full((), w, device=self.device) for w in step.token_weights])
         return self.kernels.head_loss(x, self.lm_head, batch.targets, weights)
-
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                stage: Stage) -> Tensor:
-        """Cross-entropy of the next token in nats, summed over the tokens, a float32 scalar."""
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
-        chunks = zip(x.split(8192), targets.split(8192))  # to save memory
-        losses = [F.cross_entropy(self.logits(part), target, reduction="sum") for part, target in chunks]
-        return torch.stack(losses).sum()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
@@ -2156,7 +2151,7 @@ def read_validation(s: Settings) -> np.ndarray:
     return tokens
 
 class Batch(NamedTuple):
-    """One packed sequence, as GPT.forward takes it."""
+    """One packed sequence, as Network.forward takes it."""
     inputs: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S,) int32: where documents begin, ascending, padded with T: shapes stay static
