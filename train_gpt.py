@@ -2775,7 +2775,7 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
             first = plan.microbatches_of(stage).start + optimizer.rank
             batch = next(train_batches(plan, [first], device, optimizer.rank))
             for number in range(steps_of_stage):
-                step = Step(number, stage, 1.0, s.muon_momentum_start)
+                step = plan.schedule[stage.first_step]._replace(number=number)
                 train_step(model, optimizer, repeat(batch), step)
         if model.kernels.compiled:
             with torch.no_grad():
