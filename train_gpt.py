@@ -333,22 +333,13 @@ def find_contradictions(s: Settings) -> list[str]:
         found.append(problem)
     return found
 
-def is_of_other_program(name: str, text: str) -> bool:
-    """Whether a variable that is nearly called like setting `name` is rather another program's: many
-    have such a folder (LOGDIR), or the setting cannot have the value (MODEL_DIR=/opt/model: MODEL_DIM)."""
-    if name in ("log_dir", "data_path"):
-        return True
-    default = getattr(Settings(), name, None)  # None: name is "preset"
-    if isinstance(default, str):
-        problems = find_contradictions(replace(Settings(), **{name: text}))
-        return any(problem.startswith(f"{name.upper()}:") for problem in problems)
-    is_number = isinstance(default, int | float | tuple) and not isinstance(default, bool)
-    return is_number and text[:1] not in "+-.0123456789"
+# Names that resemble a setting's, but that other programs have, too
+OF_OTHER_PROGRAMS = {"LOGDIR", "DATAPATH", "MODEL_DIR"}
 
 def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
     """The settings, the names of those that the environment sets, and lines for the log: how the preset was
     chosen, and warnings. Raises UserError (exit code 2) with a sentence for every unknown preset, wrong
-    value, near miss of a setting's name that is no other program's, and contradiction."""
+    value, near miss of a setting's name, and contradiction."""
     preset, why_preset = choose_preset(environ)
     lines = [why_preset]
     kinds = {f.name.upper(): f.type for f in fields(Settings)}
@@ -362,7 +353,7 @@ def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
         if meant and name not in (*meant, "PRESET"):
             near_miss = f"unknown setting; did you mean {meant[0]}?"
-            if is_of_other_program(meant[0].lower(), environ[name]):
+            if upper in OF_OTHER_PROGRAMS:
                 lines.append(f"{name}: WARNING: {near_miss} Otherwise leave {name} as it is.")
             else:
                 problems.append(f"{name}: {near_miss} Otherwise unset {name}.")
@@ -906,8 +897,16 @@ class Network(nn.Module):
 
     def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
         """What is minimised, and the next token's loss for the log; both summed over the tokens."""
-        loss = self(*batch, step.stage)
-        return loss, loss.detach()
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                stage: Stage) -> Tensor:
+        """Validation: the next token's cross-entropy in nats, summed over the tokens, a float32 scalar. The
+        first four arguments are a Batch."""
+        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
+        chunks = zip(x.split(8192), targets.split(8192))  # to save memory
+        losses = [F.cross_entropy(self.logits(part), target, reduction="sum") for part, target in chunks]
+        return torch.stack(losses).sum()
 
 class GPT(Network):
     """Record 30's network, and the demo's three ideas, off by default."""
@@ -965,15 +964,10 @@ class GPT(Network):
         rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), init_scalars, tiny=True)
         return rows
 
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                stage: Stage) -> Tensor:
-        """Cross-entropy in nats, summed over the tokens, a float32 scalar. The first four arguments are a
-        Batch."""
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
-        if torch.is_grad_enabled():
-            return self.kernels.head_loss(x, self.lm_head, targets)
-        chunks = zip(x.split(8192), targets.split(8192))  # in validation, to save memory
-        return torch.stack([softcapped_loss(part, self.lm_head, target) for part, target in chunks]).sum()
+    def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
+        x = self.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
+        loss = self.kernels.head_loss(x, self.lm_head, batch.targets)
+        return loss, loss.detach()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
@@ -1301,14 +1295,6 @@ class FrontierGPT(Network):
         x = self.hidden(batch.inputs, batch.cu_seqlens, batch.max_seqlen, step.stage)
         weights = torch.stack([torch.full((), w, device=self.device) for w in step.token_weights])
         return self.kernels.head_loss(x, self.lm_head, batch.targets, weights)
-
-    def forward(self, inputs: Tensor, targets: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                stage: Stage) -> Tensor:
-        """Cross-entropy of the next token in nats, summed over the tokens, a float32 scalar."""
-        x = self.hidden(inputs, cu_seqlens, max_seqlen, stage)
-        chunks = zip(x.split(8192), targets.split(8192))  # to save memory
-        losses = [F.cross_entropy(self.logits(part), target, reduction="sum") for part, target in chunks]
-        return torch.stack(losses).sum()
 
     def hidden(self, inputs: Tensor, cu_seqlens: Tensor, max_seqlen: int, stage: Stage) -> Tensor:
         """The blocks: token ids (T,) -> the head's input (T, D), in the activations' dtype."""
@@ -1990,34 +1976,6 @@ HEADER_BYTES = 1024
 REMAKE = ("make shards from text with python data/tokenize_text.py, fetch FineWeb's with "
           "python data/cached_fineweb10B.py, or name other files")
 OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files, or name other files"
-FIRST_BYTES = {  # of files that are sometimes taken for shards
-    b"\x1f\x8b": "a gzip file",
-    b"PK\3\4": "a zip file",
-    b"\x93NUMPY": "a NumPy file",
-    b"PAR1": "a Parquet file",
-    (20240801).to_bytes(4, "little"): "a shard of llm.c for Llama 3, with ids of 32 bits",
-}
-
-def describe_file(path: Path) -> str:
-    """What a file that does not begin like a shard most likely is. Raises OSError."""
-    with open(path, "rb") as file:
-        head = file.read(8192)
-    for first_bytes, kind in FIRST_BYTES.items():
-        if head.startswith(first_bytes):
-            return kind
-    if not head:
-        return "an empty file"
-    if not {*range(9)} & {*head}:  # no control bytes
-        return "text"
-    words = np.frombuffer(head[:len(head) // 8 * 8], "<u4")
-    if len(words) and words[0] == SHARD_KIND[0]:
-        return f"a shard of version {words[1]}"
-    for bits, most_ids in ((32, 2**18), (16, 50_304)):  # vocabularies that are common
-        ids = words.view(f"<u{bits // 8}")
-        if any(words[:2]) and ids.max() < most_ids:
-            return f"token ids of {bits} bits without a header, as of nanoGPT and old versions of llm.c"
-    return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
-
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
     def __init__(self, path: Path, s: Settings):
@@ -2027,8 +1985,10 @@ class TokenShard:
         self.bos_id = s.bos_id
         self.checksum = None
         header = np.fromfile(path, "<i4", count=256).tolist()
-        if header[:2] != SHARD_KIND:
-            self.expect(False, f"a token shard, which begins with {SHARD_KIND}", describe_file(path))
+        with open(path, "rb") as file:
+            first_bytes = file.read(8)  # of most other files, they say which kind it is
+        self.expect(header[:2] == SHARD_KIND, f"a token shard, which begins with {SHARD_KIND}",
+                    f"{header[:2]}, the bytes {first_bytes!r}")
         self.expect(len(header) == 256, f"a header of {HEADER_BYTES:,} bytes", f"{4 * len(header):,}")
         self.num_tokens = header[2]
         size = path.stat().st_size
@@ -2107,6 +2067,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     at its stage's max_seq_len, the last where the microbatch is full. The rest of a cut document is dropped,
     and the next document opens the next microbatch, also at a stage's border (BOS alignment: @classiclarryd,
     @varunneal). Raises UserError."""
+    most_of_one = max(min(stage.max_seq_len, stage.batch_tokens // num_microbatches + 1)
+                      for stage in stages_of(schedule[:-1]))
     source = read_documents(shards, s.epochs)
     documents = []  # what came from the source
     first_document = [0]
@@ -2125,8 +2087,8 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
                 more = next(source, None)
                 if more is None:
                     steps_done = (len(first_document) - 1) // num_microbatches
-                    usable = find_usable(shards, documents, schedule, num_microbatches)
-                    raise UserError(describe_shortage(shards, s, steps_done, usable, schedule))
+                    problem = describe_long_documents(shards, documents, s, most_of_one)
+                    raise UserError(describe_shortage(shards, s, steps_done, problem))
                 documents.append(more)
                 pending = np.concatenate((pending[taken:], more[2]))
                 ends = np.cumsum(np.minimum(pending, stage.max_seq_len))
@@ -2140,7 +2102,7 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
     passes = math.ceil(len(documents) / len(shards))
     summary = (f"data: {describe_shards(shards)}; the run reads {read:,} in {counted(passes, 'pass')}, uses "
                f"{used:,} ({used / read:.1%}) and drops the ends of cut documents")
-    if problem := describe_long_documents(s, find_usable(shards, documents, schedule, num_microbatches)):
+    if problem := describe_long_documents(shards, documents, s, most_of_one):
         summary += f"\ndata: WARNING: {problem}"
     return PackingPlan(shards, shard, start, size, np.array(first_document), schedule, num_microbatches,
                        summary)
@@ -2148,63 +2110,29 @@ def plan_packing(shards: list[TokenShard], s: Settings, schedule: list[Step],
 def describe_shards(shards: list[TokenShard]) -> str:
     return f"{sum(shard.num_tokens for shard in shards):,} tokens in {counted(len(shards), 'shard')}"
 
-class Usable(NamedTuple):
-    """What a pass over the shards that were read can give."""
-    tokens: int  # all that are there
-    cuts: dict[Stage, int]  # stage -> the most tokens that a microbatch takes of a document
-    usable: dict[Stage, int]  # stage -> tokens within these
-    passes: int  # that are enough for the run
-
-def find_usable(shards: list[TokenShard], documents: list[np.ndarray], schedule: list[Step],
-                num_microbatches: int) -> Usable:
-    """documents: of each shard of each pass, as far as they were read."""
+def describe_long_documents(shards: list[TokenShard], documents: list[np.ndarray], s: Settings,
+                            most_of_one: int) -> str:
+    """What is to be said if most of the tokens that were read lie behind the ends of cut documents; '' if
+    not. documents: as read_documents gave them; most_of_one: the most tokens that a run uses of one."""
     first_pass = documents[:len(shards)]
-    sizes = np.concatenate([x[2] for x in first_pass])
-    cuts = {}
-    usable = {}
-    passes = 0.0
-    for stage in stages_of(schedule[:-1]):
-        room = stage.batch_tokens // num_microbatches + 1
-        cuts[stage] = min(stage.max_seq_len, room)
-        usable[stage] = int(np.minimum(sizes, cuts[stage]).sum())
-        microbatches = num_microbatches * sum(step.stage is stage for step in schedule[:-1])
-        # a microbatch drops at most the rest of its last document
-        passes += microbatches * (room + cuts[stage] - 1) / usable[stage]
-    passes += len({*cuts.values()}) - 1  # the parts of a pass before and after another cut may be unequal
     tokens = sum(shard.num_tokens for shard in shards[:len(first_pass)])
-    return Usable(tokens, cuts, usable, math.ceil(passes))
-
-def describe_long_documents(s: Settings, found: Usable) -> str:
-    """What is to be said if most tokens lie behind the ends of cut documents; '' if not."""
-    stage = max(found.cuts, key=found.cuts.get)
-    cut = found.cuts[stage]
-    usable = found.usable[stage]
-    if usable >= found.tokens / 2:
+    usable = sum(int(np.minimum(sizes, most_of_one).sum()) for _, _, sizes in first_pass)
+    if usable >= tokens / 2:
         return ""
-    text = (f"only {usable:,} of {found.tokens:,} tokens can be used ({usable / found.tokens:.1%}), the same "
-            f"ones in every pass, since a run uses at most {cut:,} tokens of a document, from "
-            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does")
-    if cut >= (641 if s.vocab_size == 257 else 2048):  # where it cuts them
-        return text
-    return text + (", and raise MAX_SEQ_LEN" if cut == stage.max_seq_len
-                   else ", and raise BATCH_TOKENS or lower MICROBATCHES")
+    return (f"only {usable:,} of {tokens:,} tokens can be used ({usable / tokens:.1%}), the same ones in "
+            f"every pass, since a run uses at most {most_of_one:,} tokens of a document, from "
+            f"BOS_ID={s.bos_id} on; cut long documents, as python data/tokenize_text.py does, or raise "
+            "MAX_SEQ_LEN and BATCH_TOKENS")
 
-def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, found: Usable,
-                      schedule: list[Step]) -> str:
+def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, long_documents: str) -> str:
     """A sentence for shards that are enough for `steps` steps only."""
-    text = (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
-            f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, enough for "
-            f"{steps} steps; ")
-    if problem := describe_long_documents(s, found):
-        return f"{text}{problem}."
-    stage = schedule[0].stage
-    more = "add text (python data/tokenize_text.py)"
-    needed = math.ceil(len(shards) * s.num_iterations / max(steps, 1))
-    if "fineweb" in s.train_files and needed <= 103:  # as many as there are
-        more = f"add shards ({needed} in all; python data/cached_fineweb10B.py {needed})"
-    if found.usable[stage] < stage.batch_tokens:
-        return f"{text}{more}: a pass gives {found.usable[stage]:,} tokens, which every step would repeat."
-    return f"{text}raise EPOCHS to {found.passes} or {more}."
+    advice = long_documents
+    if not advice:
+        advice = ("raise EPOCHS or " * (steps > 0) + "add text (python data/tokenize_text.py, or for FineWeb "
+                  "python data/cached_fineweb10B.py)")
+    return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
+            f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, in "
+            f"{counted(s.epochs, 'pass')} enough for {steps} steps; {advice}.")
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
@@ -2223,7 +2151,7 @@ def read_validation(s: Settings) -> np.ndarray:
     return tokens
 
 class Batch(NamedTuple):
-    """One packed sequence, as GPT.forward takes it."""
+    """One packed sequence, as Network.forward takes it."""
     inputs: Tensor  # (T,) int32
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (S,) int32: where documents begin, ascending, padded with T: shapes stay static
@@ -2847,7 +2775,7 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
             first = plan.microbatches_of(stage).start + optimizer.rank
             batch = next(train_batches(plan, [first], device, optimizer.rank))
             for number in range(steps_of_stage):
-                step = Step(number, stage, 1.0, s.muon_momentum_start)
+                step = plan.schedule[stage.first_step]._replace(number=number)
                 train_step(model, optimizer, repeat(batch), step)
         if model.kernels.compiled:
             with torch.no_grad():

@@ -72,6 +72,11 @@ def step_of(s, number, lr_factor, momentum, windows=(12, 4)):
     return train_gpt.Step(number, stage_of(s, *windows), lr_factor, momentum)
 
 
+def training_loss(model, batch, stage):
+    """What a training step minimises."""
+    return model.training_loss(train_gpt.Batch(*batch), train_gpt.Step(0, stage, 1.0, 0.0))[0]
+
+
 def write_shard(path, tokens, magic=20240520, version=1, count=None):
     """A token shard as system facts have it: 256 int32 of header, then uint16 tokens."""
     header = np.zeros(256, dtype="<i4")

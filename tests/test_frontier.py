@@ -1,5 +1,6 @@
 """PRESET=frontier beyond its figures: starting values, settings, and small runs, killed and on ranks."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -152,8 +153,19 @@ def test_a_run_on_several_ranks_is_that_of_one_up_to_rounding(s, whole, tmp_path
 
 @pytest.mark.slow
 def test_the_warm_up_is_undone_with_the_gradients_that_wait(s, whole, tmp_path):
-    folder = run_of(replace(s, warmup_steps=4), tmp_path / "warm")
+    folder = run_of(replace(s, warmup_steps=8), tmp_path / "warm")
     assert losses(folder) == losses(whole) and content(folder) == content(whole)
+
+
+def tells_how_many_tokens_the_loss_has(rank):
+    """In the warm-up and in training."""
+    before(train_gpt.FrontierGPT, "training_loss", lambda model, batch, step: print(
+        f"weights: {len(step.token_weights)}"))
+
+
+def test_the_warm_up_compiles_the_loss_that_training_takes(s):
+    shown = ran(replace(s, warmup_steps=4, checkpoint_every=0), tells_how_many_tokens_the_loss_has)
+    assert "warm-up steps" in shown and {*re.findall(r"weights: (\d+)", shown)} == {"3"}
 
 
 def test_head_and_embedding_part_after_the_untying(whole):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fresh_model, relative, stage_of
+from conftest import fresh_model, relative, stage_of, training_loss
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -120,7 +120,7 @@ def random_model(s):
 
 
 def batch_of(s, num_tokens=NUM_TOKENS, starts=STARTS, padding=4):
-    """What GPT.forward takes: inputs, targets, padded cu_seqlens, a bound of the documents' lengths."""
+    """A Batch as a tuple: inputs, targets, padded cu_seqlens, a bound of the documents' lengths."""
     tokens = torch.randint(s.vocab_size, (num_tokens + 1,), generator=torch.Generator().manual_seed(1))
     cu_seqlens = torch.tensor([*starts, *[num_tokens] * padding], dtype=torch.int32)
     return tokens[:-1].int(), tokens[1:], cu_seqlens, num_tokens
@@ -150,7 +150,7 @@ LAYOUTS = [  # windows, settings
 def test_loss_and_gradients_are_those_of_the_plain_model(small, windows, changes):
     s = replace(small, **changes)
     model, (inputs, targets, cu_seqlens, longest) = random_model(s), batch_of(s)
-    loss = model(inputs, targets, cu_seqlens, longest, stage_of(s, *windows))
+    loss = training_loss(model, (inputs, targets, cu_seqlens, longest), stage_of(s, *windows))
     loss.backward()
     p = in_double(model)
     expected = plain_loss(p, inputs.long(), targets, STARTS, windows, s)
@@ -167,7 +167,7 @@ def test_in_validation_the_loss_is_summed_over_chunks_of_8192_tokens(small):
     model, batch = random_model(s), batch_of(s, num_tokens=16_400)
     with torch.no_grad():
         in_validation = model(*batch, stage_of(s, *WINDOWS)).item()
-    assert in_validation == pytest.approx(model(*batch, stage_of(s, *WINDOWS)).item(), rel=1e-5)
+    assert in_validation == pytest.approx(training_loss(model, batch, stage_of(s, *WINDOWS)).item(), rel=1e-5)
 
 
 def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
@@ -182,7 +182,7 @@ def test_in_bfloat16_activations_are_bfloat16_and_the_loss_is_float32(small):
         return called
 
     model.kernels = train_gpt.Kernels(attention=spy("attention"), head_loss=spy("head_loss"))
-    loss = model(*batch_of(s), stage_of(s, *WINDOWS))
+    loss = training_loss(model, batch_of(s), stage_of(s, *WINDOWS))
     assert seen == dict(attention=[torch.bfloat16] * 4, head_loss=[torch.bfloat16, torch.float32])
     inputs, targets, *_ = batch_of(s)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_the_blocks_compile_in_one_graph_with_the_same_loss_and_gradients(small)
     compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend="aot_eager")
     for hidden in (model.hidden, compiled):
         model.hidden = hidden
-        loss = model(*batch_of(s), stage_of(s, *WINDOWS))
+        loss = training_loss(model, batch_of(s), stage_of(s, *WINDOWS))
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     torch.compiler.reset()
     assert max(relative(b, a.double()) for a, b in zip(*results)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import CPU, ROOT, SMALL, before, fresh_model, normal, random_documents, server, stage_of
-from conftest import step_of, write_shard
+from conftest import step_of, training_loss, write_shard
 
 import train_gpt
 
@@ -319,7 +319,7 @@ def test_who_trains_what_at_which_rate_and_dtype():
 def test_a_train_step_takes_the_mean_over_microbatches_of_losses_and_gradients(folder):
     (model, _, batches), (*_, others) = (start(folder, settings()) for _ in range(2))
     stage = stage_of(model.settings, 12, 4)
-    losses = [model(*next(others), stage) for _ in range(8)]
+    losses = [training_loss(model, next(others), stage) for _ in range(8)]
     expected = torch.autograd.grad(sum(losses) / 8, list(model.parameters()))
     calls = []
 
