@@ -333,8 +333,12 @@ def find_contradictions(s: Settings) -> list[str]:
         found.append(problem)
     return found
 
-# Names that resemble a setting's, but that other programs have, too
-OF_OTHER_PROGRAMS = {"LOGDIR", "DATAPATH", "MODEL_DIR"}
+def is_of_other_program(kind: type, name: str, text: str) -> bool:
+    """Whether a variable that is nearly called like setting `name` is rather another program's: many have
+    such a folder (LOGDIR), or a text where the setting has a number (MODEL_DIR=/opt/model: MODEL_DIM)."""
+    if name in ("LOG_DIR", "DATA_PATH"):
+        return True
+    return kind not in (str, bool) and text[:1] not in "+-.0123456789"
 
 def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
     """The settings, the names of those that the environment sets, and lines for the log: how the preset was
@@ -353,7 +357,7 @@ def read_settings(environ) -> tuple[Settings, list[str], list[str]]:
         meant = [upper] if upper in kinds else difflib.get_close_matches(upper, known, n=1, cutoff=0.87)
         if meant and name not in (*meant, "PRESET"):
             near_miss = f"unknown setting; did you mean {meant[0]}?"
-            if upper in OF_OTHER_PROGRAMS:
+            if is_of_other_program(kinds.get(meant[0], str), meant[0], environ[name]):
                 lines.append(f"{name}: WARNING: {near_miss} Otherwise leave {name} as it is.")
             else:
                 problems.append(f"{name}: {near_miss} Otherwise unset {name}.")
@@ -1976,6 +1980,34 @@ HEADER_BYTES = 1024
 REMAKE = ("make shards from text with python data/tokenize_text.py, fetch FineWeb's with "
           "python data/cached_fineweb10B.py, or name other files")
 OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files, or name other files"
+FIRST_BYTES = {  # of files that are sometimes taken for shards
+    b"\x1f\x8b": "a gzip file",
+    b"PK\3\4": "a zip file",
+    b"\x93NUMPY": "a NumPy file",
+    b"PAR1": "a Parquet file",
+    (20240801).to_bytes(4, "little"): "a shard of llm.c for Llama 3, with ids of 32 bits",
+}
+
+def describe_file(path: Path) -> str:
+    """What a file that does not begin like a shard most likely is. Raises OSError."""
+    with open(path, "rb") as file:
+        head = file.read(8192)
+    for first_bytes, kind in FIRST_BYTES.items():
+        if head.startswith(first_bytes):
+            return kind
+    if not head:
+        return "an empty file"
+    if not {*range(9)} & {*head}:  # no control bytes
+        return "text"
+    words = np.frombuffer(head[:len(head) // 8 * 8], "<u4")
+    if len(words) and words[0] == SHARD_KIND[0]:
+        return f"a shard of version {words[1]}"
+    for bits, most_ids in ((32, 2**18), (16, 50_304)):  # vocabularies that are common
+        ids = words.view(f"<u{bits // 8}")
+        if any(words[:2]) and ids.max() < most_ids:
+            return f"token ids of {bits} bits without a header, as of nanoGPT and old versions of llm.c"
+    return f"a file of another kind, which begins with the bytes {head[:8].hex(' ')}"
+
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
     def __init__(self, path: Path, s: Settings):
@@ -1985,10 +2017,8 @@ class TokenShard:
         self.bos_id = s.bos_id
         self.checksum = None
         header = np.fromfile(path, "<i4", count=256).tolist()
-        with open(path, "rb") as file:
-            first_bytes = file.read(8)  # of most other files, they say which kind it is
-        self.expect(header[:2] == SHARD_KIND, f"a token shard, which begins with {SHARD_KIND}",
-                    f"{header[:2]}, the bytes {first_bytes!r}")
+        if header[:2] != SHARD_KIND:
+            self.expect(False, f"a token shard, which begins with {SHARD_KIND}", describe_file(path))
         self.expect(len(header) == 256, f"a header of {HEADER_BYTES:,} bytes", f"{4 * len(header):,}")
         self.num_tokens = header[2]
         size = path.stat().st_size

@@ -1,5 +1,6 @@
 """Shards, the packing of documents into training batches, the loader's thread, and validation."""
 
+import gzip
 import os
 import re
 import threading
@@ -38,11 +39,14 @@ def complaint(s):
 
 GOOD, NO_BRACKETS = [BOS, 1, 2, 3], str.maketrans("", "", "[]")
 SHARD = "a token shard, which begins with [20240520, 1]"
+HEADERLESS = "token ids of {} bits without a header, as of nanoGPT and old versions of llm.c"
+OTHER = "a file of another kind, which begins with the bytes "
+IDS = np.arange(1000) * 37 % 50_257
 WRONG = {  # how a shard's bytes are got from a good one's; what the message says was expected, and found
-    "empty file": (lambda good: b"", SHARD, "[], the bytes b''"),
+    "empty file": (lambda good: b"", SHARD, "an empty file"),
     "header cut": (lambda good: good[:500], "a header of 1,024 bytes", "500"),
-    "wrong version": (lambda good: good[:4] + b"\2" + good[5:], SHARD,
-                      r"[20240520, 2], the bytes b'\x88\xd84\x01\x02\x00\x00\x00'"),
+    "wrong magic": (lambda good: b"x" + good[1:], SHARD, OTHER + "78 d8 34 01 01 00 00 00"),
+    "wrong version": (lambda good: good[:4] + b"\2" + good[5:], SHARD, "a shard of version 2"),
     "count too large": (lambda good: good[:8] + b"\5" + good[9:], "1,034 bytes for 5 tokens",
                         "1,032, as of a file that was cut"),
     "count too small": (lambda good: good[:8] + b"\3" + good[9:], "1,030 bytes for 3 tokens", "1,032"),
@@ -50,12 +54,19 @@ WRONG = {  # how a shard's bytes are got from a good one's; what the message say
     "odd byte count": (lambda good: good + b"\0", "1,032 bytes", "1,033"),
     "no tokens": (lambda good: good[:8] + b"\0" + good[9:1024], "1 token", "0"),
     "id out of range": (lambda good: good[:-2] + b"\x32\0", "ids below VOCAB_SIZE=50", "50 at token 3"),
-    "32 bits": (lambda good: good + b"\0" * 8, "1,032 bytes", "1,040, as for ids of 32 bits"),
     # files of another kind
-    "text": (lambda good: b"Once upon\n", SHARD, "[1701015119, 1869640992], the bytes b'Once upo'"),
-    "three bytes": (lambda good: b"PK\3", SHARD, r"[], the bytes b'PK\x03'"),
-    "npy": (lambda good: b"\x93NUMPY\1\0" + good, SHARD,
-            r"[1297436307, 88400], the bytes b'\x93NUMPY\x01\x00'"),
+    "32 bits": (lambda good: good + b"\0" * 8, "1,032 bytes", "1,040, as for ids of 32 bits"),
+    "Llama 3": (lambda good: (20240801).to_bytes(4, "little") + good[4:], SHARD,
+                "a shard of llm.c for Llama 3, with ids of 32 bits"),
+    "16 bits": (lambda good: IDS.astype("<u2").tobytes(), SHARD, HEADERLESS.format(16)),
+    "few ids": (lambda good: (IDS % 65).astype("<u2").tobytes(), SHARD, HEADERLESS.format(16)),
+    "headerless 32": (lambda good: IDS.astype("<u4").tobytes(), SHARD, HEADERLESS.format(32)),
+    "npy": (lambda good: b"\x93NUMPY\1\0" + good, SHARD, "a NumPy file"),
+    "gzip": (lambda good: gzip.compress(good), SHARD, "a gzip file"),
+    "magic alone": (lambda good: good[:4], SHARD, OTHER + "88 d8 34 01"),
+    "text": (lambda good: "Größe\n".encode(), SHARD, "text"),
+    "zeros": (lambda good: b"\0" * 1024 + good[1024:], SHARD, OTHER + "00 00 00 00 00 00 00 00"),
+    "noise": (lambda good: bytes(range(255))[::-1] * 4, SHARD, OTHER + "fe fd fc fb fa f9 f8 f7"),
 }
 
 

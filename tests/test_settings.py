@@ -180,14 +180,25 @@ def test_a_name_that_is_nearly_a_settings_is_refused(name, meant):
 
 @pytest.mark.parametrize("name, value, meant", [
     ("MODEL_DIR", "/opt/ml/model", "MODEL_DIM"),
+    ("MODEL_DIR", "models", "MODEL_DIM"),
     ("LOGDIR", "/var/log", "LOG_DIR"),
     ("DATAPATH", "/data", "DATA_PATH"),
 ])
-def test_a_near_miss_that_other_programs_have_is_a_warning(name, value, meant):
+def test_a_near_miss_that_is_rather_another_programs_is_a_warning(name, value, meant):
+    """A folder that many programs have, or a text where the setting has a number."""
     s, changed, [_, line] = read_settings({"PRESET": "speedrun", name: value})
     assert (s, changed) == (Settings(), [])
     expected = f"{name}: WARNING: unknown setting; did you mean {meant}? Otherwise leave {name} as it is."
     assert line == expected
+
+
+@pytest.mark.parametrize("name, value", [
+    ("MODEL_DIR", "512"), ("NUM_ITERATION", "2e3"), ("BATCH_TOKEN", "1,2"), ("DEVICES", "cpu"),
+    ("RESUMES", "auto"), ("TRAIN_FILE", "/data/*.bin"), ("TORCH_COMPILED", "true"),
+])
+def test_a_near_miss_that_could_be_meant_is_refused(name, value):
+    (line,) = problems(**{name: value})
+    assert line.startswith(f"{name}: unknown setting; did you mean ")
 
 
 @pytest.mark.parametrize("own, other", [("TRAIN_FILES", "VAL_FILES"), ("VAL_FILES", "TRAIN_FILES")])
