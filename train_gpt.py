@@ -106,7 +106,7 @@ class Settings:
     val_loss_every: int = 125  # [steps] validate every so many steps, and at the end; 0: only at the end
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
-    warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each stage; 0: none
+    warmup_steps: int = 30  # [steps] untimed, then undone; each stage takes 1 or more, frontier: 2; 0: none
     sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
     # a training step's batch. [by stage]: one value, or one for each stage of the run, separated by commas;
     # the longest list says how many stages there are (here three, by window_schedule)
@@ -323,7 +323,7 @@ def find_contradictions(s: Settings) -> list[str]:
         ("model_dim", s.model_dim >= 12 or not frontier, "at least 12, which gates read"),
         ("extension_steps", s.extension_steps < s.num_iterations, f"below NUM_ITERATIONS={s.num_iterations}"),
         ("extension_steps", not s.extension_steps or count > 1 or starts, "0, or settings of several stages"),
-        ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("gate_channels", s.gate_channels <= s.model_dim or frontier, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("equal_qk_start", s.key_offset or not s.equal_qk_start, "0, or KEY_OFFSET=1 beside it"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
@@ -390,7 +390,7 @@ def find_files(root: Path, pattern: str) -> list[Path]:
     return sorted(path for path in paths if not path.is_dir())
 
 def choose_preset(environ) -> tuple[str, str]:
-    """The preset's name, and a line that says why and how to get the other."""
+    """The preset's name, and a line that says why and how to get another."""
     if "PRESET" in environ:
         return environ["PRESET"], f"preset: {environ['PRESET']}, set by PRESET"
     root = Path(environ.get("DATA_PATH") or HERE)
@@ -2769,7 +2769,8 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
     if model.kernels.compiled:
         _, val_batch = next(validation_batches(val_tokens, s, 0, 1, device))
     trained = stages_of(plan.schedule[:-1])  # the last stage may be one that is only validated
-    steps_of_stage = -(-s.warmup_steps // len(trained))
+    every = max(sp.row.rule.every for sp in optimizer.sharded_params)  # all rules take the last step
+    steps_of_stage = round_up(-(-s.warmup_steps // len(trained)), every)
     for stage in stages_of(plan.schedule):
         model.enter_stage(stage)
         if stage in trained:
@@ -2783,7 +2784,6 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
                 model(*val_batch, stage)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
-    model.zero_grad()  # of those that waited for another step
     return steps_of_stage * len(trained)
 
 @torch.no_grad()
