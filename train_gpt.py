@@ -10,9 +10,9 @@ validation shard must be at most 3.28 nats. Compilation, warm-up and validation 
 starts from record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); each idea's authors
 are named where it is used. Without a GPU, PRESET=demo runs a small version of the race: the same twelve
 blocks, 128 wide, on the source code of Python's standard library, with later ideas that made it faster.
-PRESET=frontier is record 82 (April 2026, 81.2 s): another network, optimizer and schedule, held to the
-published figures by tests/test_golden_82.py, and never run on a GPU. Measured so far (records/): the demo,
-and the speedrun's shapes on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
+PRESET=frontier is record 82 (April 2026, 81.2 s): another network, optimizer and schedule, held to figures
+of the published script by tests/test_golden_82.py, and never run on a GPU. Measured so far (records/): the
+demo, and the speedrun's shapes on one H200 with FlashAttention 2, 0.64 s a step. No whole race has been run.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
 vocabulary, N bands of W tokens (plain attention), S document starts. A microbatch is one packed sequence:
@@ -106,7 +106,7 @@ class Settings:
     val_loss_every: int = 125  # [steps] validate every so many steps, and at the end; 0: only at the end
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
-    warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each stage; 0: none
+    warmup_steps: int = 30  # [steps] untimed, then undone; each stage takes 1 or more, frontier: 2; 0: none
     sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
     # a training step's batch. [by stage]: one value, or one for each stage of the run, separated by commas;
     # the longest list says how many stages there are (here three, by window_schedule)
@@ -207,7 +207,8 @@ def restore_settings(saved: dict) -> Settings:
             values[f.name] = tuple(saved[f.name]) if isinstance(f.default, tuple) else saved[f.name]
     return Settings(**values)
 
-HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
+# of an n-gram's newest token, the one before it, ...; the first two are record 62's
+HASH_FACTORS = 36313, 27191, 51787, 70937, 91493
 BY_STAGE = [f.name for f in fields(Settings)
             if f.type in (ByStage, FactorsByStage) and f.name != "token_weights"]
 
@@ -322,7 +323,7 @@ def find_contradictions(s: Settings) -> list[str]:
         ("model_dim", s.model_dim >= 12 or not frontier, "at least 12, which gates read"),
         ("extension_steps", s.extension_steps < s.num_iterations, f"below NUM_ITERATIONS={s.num_iterations}"),
         ("extension_steps", not s.extension_steps or count > 1 or starts, "0, or settings of several stages"),
-        ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("gate_channels", s.gate_channels <= s.model_dim or frontier, f"at most MODEL_DIM={s.model_dim}"),
         ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
         ("equal_qk_start", s.key_offset or not s.equal_qk_start, "0, or KEY_OFFSET=1 beside it"),
         ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
@@ -393,7 +394,7 @@ def find_files(root: Path, pattern: str) -> list[Path]:
     return sorted(path for path in paths if not path.is_dir())
 
 def choose_preset(environ) -> tuple[str, str]:
-    """The preset's name, and a line that says why and how to get the other."""
+    """The preset's name, and a line that says why and how to get another."""
     if "PRESET" in environ:
         return environ["PRESET"], f"preset: {environ['PRESET']}, set by PRESET"
     root = Path(environ.get("DATA_PATH") or HERE)
@@ -464,7 +465,8 @@ def make_stages(s: Settings) -> list[Stage]:
 def make_schedule(s: Settings) -> list[Step]:
     """Steps 0 to NUM_ITERATIONS; the last is only validated."""
     stages = make_stages(s)
-    last_tied = math.ceil(2 / 3 * (s.num_iterations - s.extension_steps)) // 2 * 2 + 1
+    two_thirds = math.ceil(2 / 3 * (s.num_iterations - s.extension_steps))
+    last_tied = two_thirds // 2 * 2 + 1  # the first odd step from there on (record 53)
     steps = []
     for number in range(s.num_iterations + 1):
         stage = [stage for stage in stages if stage.first_step <= number][-1]
@@ -474,7 +476,7 @@ def make_schedule(s: Settings) -> list[Step]:
             lr_factor=lr_factor(number, stage.lr_factor, s),
             momentum=muon_momentum(number, s),
             token_weights=token_weights(number, stages, s),
-            tied=number <= last_tied,  # the first odd step at or after two thirds (record 53)
+            tied=number <= last_tied,
         ))
     return steps
 
@@ -571,7 +573,7 @@ class Muon(NamedTuple):
     XXT: Callable = XXT
     method: Orthogonaliser = NEWTON_SCHULZ
     beta2: float = 0.0  # decay of the second moment of the directions (NorMuon); 0: none
-    cautious_decay: float = 0.0  # as in Adam, times the rate and lr * lr_factor
+    cautious_decay: float = 0.0  # times the rate and lr * lr_factor, where a step shrinks a weight
     every = 1  # of so many steps, the rule takes one
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -1078,7 +1080,6 @@ class GPT(Network):
 
 GATE_CHANNELS = 12  # of their input, that gates read
 MUDD_DIM = 64  # hidden channels of the small MLPs of record 81
-BIGRAM_FACTORS = 36313, 27191  # of a token and the one before it, in the hash
 
 # The attention of blocks 0 to 10. P: paired heads in a short window (record 58); S: a short window; L: a long
 # one, with key offset; -: none. All but P leave out a share of a token's own value.
@@ -1140,7 +1141,7 @@ def bigram_rows(inputs: Tensor, num_rows: int) -> Tensor:
     last = num_rows - 1
     first = torch.full_like(inputs[:1], last)
     before = torch.cat((first, inputs[1:-1]))
-    rows = (BIGRAM_FACTORS[0] * inputs[1:]) ^ (BIGRAM_FACTORS[1] * before)
+    rows = (HASH_FACTORS[0] * inputs[1:]) ^ (HASH_FACTORS[1] * before)
     return torch.cat((first, rows % last))
 
 def skip_share(x0: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
@@ -1249,9 +1250,9 @@ class FrontierGPT(Network):
         }
 
     @staticmethod
-    def declare_small_parameters(s: Settings, num_attn: int, num_blocks: int) -> dict[str, Row]:
-        """The gates (which left Muon in record 56, @chrisjmccormick) and scalars; num_blocks: those before
-        the last one."""
+    def declare_small_parameters(s: Settings, num_attn: int, num_before_last: int) -> dict[str, Row]:
+        """The gates (which left Muon in record 56, @chrisjmccormick) and scalars.
+        num_before_last: the blocks before the last one, which mixes its streams by coefficients instead."""
         heads = s.num_heads
         num_own = num_attn - ATTENTIONS.count("P")
         gates = frontier_adam(s, 1, (0.9, 0.99), 1)
@@ -1272,10 +1273,10 @@ class FrontierGPT(Network):
             "smear_factor": Row((1,), scalars, zeros),
             "skip_factor": Row((1,), scalars, constant(-1.5)),
             # of the stream, and of what attention and MLP add to it
-            "resid_factors": Row((num_blocks, 2), residuals, constant(1.1**0.5)),
-            "post_factors": Row((num_blocks, 2), additions, constant(1.0)),
-            "x0_factors": Row((num_blocks,), additions, zeros),
-            "bigram_factors": Row((num_blocks,), additions, constant(0.05)),
+            "resid_factors": Row((num_before_last, 2), residuals, constant(1.1**0.5)),
+            "post_factors": Row((num_before_last, 2), additions, constant(1.0)),
+            "x0_factors": Row((num_before_last,), additions, zeros),
+            "bigram_factors": Row((num_before_last,), additions, constant(0.05)),
             "own_value_strengths": Row((num_own, heads), additions, zeros),
             # the last block's, then the head's
             "mudd_in": Row((2, MUDD_DIM, s.model_dim), small_mlp, uniform(s.model_dim**-0.5)),
@@ -1604,7 +1605,7 @@ def make_optimizer(model: Network, rank: int, world_size: int) -> ShardedOptimiz
 # they are. With s = sigmoid((z + SHIFT) / 7.5), exp(CAP s) = exp2(CAP / log(2) s). The loss of a row has a
 # term, with a weight, for each of the next NUM_WEIGHTS tokens; the last rows have fewer.
 
-LOG2 = math.log(2)
+LN2 = math.log(2)
 
 @triton.jit
 def softcap_sigmoid(z, SHIFT: tl.constexpr, TANH: tl.constexpr):
@@ -1622,7 +1623,7 @@ def softcap_sigmoid(z, SHIFT: tl.constexpr, TANH: tl.constexpr):
 
 @triton.jit
 def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log_sums, num_rows, num_columns,
-                        CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        CAP: tl.constexpr, SHIFT: tl.constexpr, LN2: tl.constexpr,
                         NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr):
     """One program per row: log2 of the sum of the exponentials, the loss, and the next token's loss alone."""
     row = tl.program_id(0)
@@ -1631,7 +1632,7 @@ def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < num_columns, other=0.0).to(tl.float32)
-        exponential = tl.exp2((CAP / LOG2) * softcap_sigmoid(z, SHIFT, TANH))
+        exponential = tl.exp2((CAP / LN2) * softcap_sigmoid(z, SHIFT, TANH))
         total += tl.where(column < num_columns, exponential, 0.0)
     log_sum = tl.log2(tl.sum(total, 0))
     tl.store(log_sums + row, log_sum)
@@ -1639,7 +1640,7 @@ def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log
     for ahead in tl.static_range(NUM_WEIGHTS):
         inside = row + ahead < num_rows
         z = tl.load(logits + tl.load(targets + row + ahead, mask=inside, other=0)).to(tl.float32)
-        term = log_sum * LOG2 - CAP * softcap_sigmoid(z, SHIFT, TANH)
+        term = log_sum * LN2 - CAP * softcap_sigmoid(z, SHIFT, TANH)
         if ahead == 0:
             tl.store(next_losses + row, term)
         loss += tl.where(inside, tl.load(token_weights + ahead) * term, 0.0)
@@ -1647,7 +1648,7 @@ def softcap_loss_kernel(logits, targets, token_weights, losses, next_losses, log
 
 @triton.jit
 def softcap_grad_kernel(logits, targets, token_weights, log_sums, scale, grads, grads_t, num_rows,
-                        num_columns, CAP: tl.constexpr, SHIFT: tl.constexpr, LOG2: tl.constexpr,
+                        num_columns, CAP: tl.constexpr, SHIFT: tl.constexpr, LN2: tl.constexpr,
                         NUM_WEIGHTS: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr,
                         COLUMNS: tl.constexpr):
     """One program per tile: scale times the loss's gradient by the logits, and its transpose."""
@@ -1664,7 +1665,7 @@ def softcap_grad_kernel(logits, targets, token_weights, log_sums, scale, grads, 
         weight = tl.where(row + ahead < num_rows, tl.load(token_weights + ahead), 0.0)
         chosen += tl.where(column[None, :] == target[:, None], weight[:, None], 0.0)
         total_weight += weight
-    grad = total_weight[:, None] * tl.exp2((CAP / LOG2) * s - log_sum[:, None]) - chosen
+    grad = total_weight[:, None] * tl.exp2((CAP / LN2) * s - log_sum[:, None]) - chosen
     grad = (grad * (s - s * s) * (CAP / 7.5 * scale)).to(grads.dtype.element_ty)
     tl.store(grads + place, grad, mask=inside)
     place = column.to(tl.int64)[:, None] * num_rows + row[None, :]
@@ -1712,7 +1713,7 @@ def softcap_loss(logits: Tensor, targets: Tensor, token_weights: Tensor, softcap
     (T, V), contiguous; token_weights: (n,) float32."""
     losses, next_losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     block = min(4096, triton.next_power_of_2(logits.size(1)))
-    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    constants = *softcap, LN2, len(token_weights), logits.is_cuda
     softcap_loss_kernel[len(logits),](logits, targets, token_weights, losses, next_losses, log_sums,
                                       *logits.shape, *constants, block, num_warps=8)
     return losses, next_losses, log_sums
@@ -1721,7 +1722,7 @@ def softcap_grad(logits: Tensor, targets: Tensor, token_weights: Tensor, log_sum
                  scale: float, dtype: torch.dtype):
     """scale times the gradient of the summed losses by the logits, (T, V) of `dtype`, and its transpose."""
     grads, grads_t = empty_pair(logits, dtype)
-    constants = *softcap, LOG2, len(token_weights), logits.is_cuda
+    constants = *softcap, LN2, len(token_weights), logits.is_cuda
     softcap_grad_kernel[tile_grid(logits)](logits, targets, token_weights, log_sums, scale, grads, grads_t,
                                            *logits.shape, *constants, **TILE)
     return grads, grads_t
@@ -1734,8 +1735,8 @@ class Float8HeadLoss(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, softcap: Softcap,
                 scales: tuple[float, float, float]):
         """scales: of x, of weight, of the gradient."""
-        (x8, x8_t) = cast_fp8(x, scales[0])
-        (w8, w8_t) = cast_fp8(weight, scales[1])
+        x8, x8_t = cast_fp8(x, scales[0])
+        w8, w8_t = cast_fp8(weight, scales[1])
         ctx.softcap = softcap
         ctx.grad_factor = 1 / scales[2]
         ctx.scales = x_scale, w_scale, _ = [torch.full((), scale, device=x.device) for scale in scales]
@@ -1937,9 +1938,9 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
     trial = KernelTrial(device, s) if candidates else None
     chosen = NETWORKS[s.network].plain_kernels
     lines = []
-    kinds = ["attention", "head", "Newton-Schulz", "blocks"]
-    if s.network == "frontier":
-        kinds.insert(3, "Adam")
+    kinds = ["attention", "head", "Newton-Schulz", "Adam", "blocks"]
+    if s.network == "gpt":
+        kinds.remove("Adam")  # it takes PyTorch's fused kernel
     for kind in kinds:
         taken = ""
         rejected = []
@@ -2344,7 +2345,7 @@ def threads_of_each(count: int) -> int:
 def other_ranks(count: int):
     """Start ranks 1 to count - 1 on this machine's CPU, by the command that started this process, which
     becomes rank 0. Each gets its share of the cores. At the end they are waited for, and killed if this rank
-    failed. Raises UserError if one of them failed."""
+    failed. Raises UserError if a collective fails here because one of them has ended."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -2431,7 +2432,7 @@ class Clock:
         self.started = self.now()
 
     def stop(self) -> None:
-        self.total = self.total + self.now() - self.started
+        self.total += self.now() - self.started
         self.started = None
 
     def times(self, step: int) -> str:
@@ -2798,7 +2799,8 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
     if model.kernels.compiled:
         _, val_batch = next(validation_batches(val_tokens, s, 0, 1, device))
     trained = stages_of(plan.schedule[:-1])  # the last stage may be one that is only validated
-    steps_of_stage = -(-s.warmup_steps // len(trained))
+    every = max(sp.row.rule.every for sp in optimizer.sharded_params)  # all rules take the last step
+    steps_of_stage = round_up(-(-s.warmup_steps // len(trained)), every)
     for stage in stages_of(plan.schedule):
         model.enter_stage(stage)
         if stage in trained:
@@ -2812,7 +2814,6 @@ def warm_up(model: Network, optimizer: ShardedOptimizer, plan: PackingPlan, val_
                 model(*val_batch, stage)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
-    model.zero_grad()  # of those that waited for another step
     return steps_of_stage * len(trained)
 
 @torch.no_grad()

@@ -373,7 +373,7 @@ def compile_for_hopper(folder):
     from triton.backends.nvidia import compiler
     from triton.compiler import ASTSource, compile
 
-    constants = dict(LOG2=train_gpt.LOG2, TANH=True)
+    constants = dict(LN2=train_gpt.LN2, TANH=True)
     networks = [dict(CAP=30.0, SHIFT=0.0, NUM_WEIGHTS=1), dict(CAP=23.0, SHIFT=5.0, NUM_WEIGHTS=3)]
     tile = {name: value for name, value in train_gpt.TILE.items() if name != "num_warps"}
     loss = dict(logits="*bf16", targets="*i64", token_weights="*fp32", losses="*fp32", next_losses="*fp32",

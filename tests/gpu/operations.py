@@ -121,7 +121,7 @@ def time_operations(s: train_gpt.Settings, device: torch.device) -> list[str]:
         *_, log_sums = train_gpt.softcap_loss(logits, targets, one, train_gpt.Softcap())
         for tanh in (True, False):
             losses = [torch.empty_like(log_sums) for _ in range(3)]
-            constants = tokens, vocab, *train_gpt.Softcap(), train_gpt.LOG2, 1, tanh
+            constants = tokens, vocab, *train_gpt.Softcap(), train_gpt.LN2, 1, tanh
             call = partial(train_gpt.softcap_loss_kernel[tokens,], logits, targets, one, *losses, *constants,
                            4096, num_warps=8)
             measure(f"head: loss kernel, TANH={tanh}", call, "TB/s", logits.nbytes / 1e12)
