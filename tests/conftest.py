@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
 for number in train_gpt.STOP_SIGNALS:  # those ignored in a shell's background or by nohup are inherited
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
