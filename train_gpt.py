@@ -2163,7 +2163,7 @@ def describe_shortage(shards: list[TokenShard], s: Settings, steps: int, long_do
                   "python data/cached_fineweb10B.py)")
     return (f"TRAIN_FILES: expected documents for NUM_ITERATIONS={s.num_iterations} steps of "
             f"{setting_text(s.batch_tokens)} tokens, found {describe_shards(shards)}, in "
-            f"{counted(s.epochs, 'pass')} enough for {steps} steps; {advice}.")
+            f"{counted(s.epochs, 'pass')} enough for {counted(steps, 'step')}; {advice}.")
 
 def read_validation(s: Settings) -> np.ndarray:
     """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""

@@ -126,7 +126,7 @@ def test_a_run_that_is_not_fed_ends_before_step_0_with_the_numbers(data, tmp_pat
     assert (code, shown) == (1, "") and not (tmp_path / "logs").exists()
     assert said == (
         "TRAIN_FILES: expected documents for NUM_ITERATIONS=6 steps of 512 tokens, found 1,200 tokens in 1 "
-        "shard, in 1 pass enough for 1 steps; raise EPOCHS or add text (python data/tokenize_text.py, or for "
+        "shard, in 1 pass enough for 1 step; raise EPOCHS or add text (python data/tokenize_text.py, or for "
         "FineWeb python data/cached_fineweb10B.py).\n"
     )
     for changes in (dict(num_iterations=1), dict(epochs=5)):
@@ -233,7 +233,7 @@ class Corpus:
         assert len({batch.cu_seqlens.shape for batch in found}) == 1, "the shapes are not static"
         for batch, (pieces, _) in zip(found, expected):
             assert_batch_is(batch, pieces)
-        with pytest.raises(UserError, match=f"enough for {steps} steps;"):
+        with pytest.raises(UserError, match=f"enough for {train_gpt.counted(steps, 'step')};"):
             self.plan(steps + 1, max(8, world_size))
         return found
 
