@@ -119,7 +119,7 @@ class Settings:
     stage_lr_factors: FactorsByStage = (1.0,)  # [by stage] of every learning rate
     extension_steps: int = 0  # [steps] of the last stage, after the end of the schedules of rate and stages
     final_val_window: int = 0  # [WINDOW_BLOCK] long window of the last validation; 0: that of the last stage
-    token_weights: FactorsByStage = (1.0,)  # of the losses of the next, second next, ... token; see there
+    token_weights: FactorsByStage = (1.0,)  # of the losses of the next, second next, ... token
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
@@ -665,9 +665,6 @@ class Row(NamedTuple):
 def zeros(values: Tensor, generator: torch.Generator) -> None:
     """Initial values of zero."""
 
-def standard_normal(values: Tensor, generator: torch.Generator) -> None:
-    values.normal_(generator=generator)
-
 def normal(std: float) -> Callable:
     """Initial values from a normal distribution."""
     def init(values: Tensor, generator: torch.Generator) -> None:
@@ -678,6 +675,13 @@ def uniform(bound: float) -> Callable:
     """Initial values from a uniform distribution in +-bound."""
     def init(values: Tensor, generator: torch.Generator) -> None:
         values.uniform_(-bound, bound, generator=generator)
+    return init
+
+def uniform_first(bound: float) -> Callable:
+    """Of the pairs of matrices in a bank, the first from a uniform distribution in +-bound; the second starts
+    at zero."""
+    def init(values: Tensor, generator: torch.Generator) -> None:
+        values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
     return init
 
 def constant(start: float | tuple[float, ...]) -> Callable:
@@ -942,32 +946,25 @@ class GPT(Network):
                 channels = matrices.unflatten(2, (s.num_heads, 2, 2, -1))
                 channels[with_offset, 1, :, :, 1] = channels[with_offset, 0, :, :, 1]
 
-        def init_mlp(values: Tensor, generator: torch.Generator) -> None:
-            """c_fc; c_proj starts at zero."""
-            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
-
-        def init_scalars(values: Tensor, generator: torch.Generator) -> None:
-            values[:] = torch.tensor(BlockScalars())
-
         def adam_rule(lr_mult: float) -> Adam:
             return Adam(s.adam_lr * lr_mult, (s.adam_beta1, s.adam_beta2))
 
         muon = Muon(s.muon_lr, s.torch_dtype, kernels.XXT)
         dtype = s.torch_dtype
         tables = adam_rule(s.embed_lr_mult)
-        rows = {"embed": Row((vocab, dim), tables, standard_normal, dtype)}
+        rows = {"embed": Row((vocab, dim), tables, normal(1.0), dtype)}
         if s.ngram_rows:
             rows["ngrams"] = Row((s.ngram_rows, s.ngram_dim), tables, zeros, dtype)
         if num_tables:  # the tables end to end
-            rows["value_embeds"] = Row((num_tables * vocab, dim), tables, standard_normal, dtype)
+            rows["value_embeds"] = Row((num_tables * vocab, dim), tables, normal(1.0), dtype)
         rows["attn_bank"] = Row((4 * num_attn, dim, dim), muon, init_attn)  # q, k, v, output, for each
         if s.gate_channels:
             rows["gate_bank"] = Row((num_attn, s.num_heads, s.gate_channels), muon, zeros, tiny=True)
         # c_fc and c_proj of each MLP; c_proj is stored as (D, hidden), too, so that both stack
-        rows["mlp_bank"] = Row((2 * num_mlp, dim, s.mlp_dim), muon, init_mlp)
+        rows["mlp_bank"] = Row((2 * num_mlp, dim, s.mlp_dim), muon, uniform_first(bound))
         rows["lm_head"] = Row((vocab, dim), adam_rule(1), zeros)
         scalars = len(s.layout.split()), len(BlockScalars._fields)
-        rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), init_scalars, tiny=True)
+        rows["scalars"] = Row(scalars, adam_rule(s.scalar_lr_mult), constant(BlockScalars()), tiny=True)
         return rows
 
     def training_loss(self, batch: "Batch", step: Step) -> tuple[Tensor, Tensor]:
@@ -1085,6 +1082,7 @@ MUDD_DIM = 64  # hidden channels of the small MLPs of record 81
 # one, with key offset; -: none. All but P leave out a share of a token's own value.
 ATTENTIONS = "PSPLSP-SSPL"
 VALUE_TABLES = {1: 0, 2: 1, 8: 2, 9: 3}  # block -> its table (records 63 and 70); block 10 has the fifth
+MUDD_COUNTS = 14, 5  # of the coefficients of the last block, and of those of the head's input
 MUDD_STARTS = (  # of the coefficients of the last block and of the head's input, before the scale of 0.1
     *(0.0,) * 6, 20.0, 20.0, 10 * 1.1**0.5, 10.0, 0.0, 0.5, 10 * 1.1**0.5, 10.0,
     0.0, -5.0, 0.0, 0.0, 0.0,
@@ -1225,12 +1223,7 @@ class FrontierGPT(Network):
         vocab = s.padded_vocab
         num_blocks = len(ATTENTIONS)
         num_attn = num_blocks - ATTENTIONS.count("-")
-        num_pairs = 2 * num_attn * s.num_heads // 2
         bound = 3**0.5 * 0.5 * dim**-0.5  # uniform within +-bound has std 0.5 / sqrt(D)
-
-        def init_mlp(values: Tensor, generator: torch.Generator) -> None:
-            """The first matrix of each MLP; the second starts at zero."""
-            values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
 
         mlp_factors = (1.0, 2.0) * num_blocks  # the rate of the second matrix is twice that of the first
         head = frontier_adam(s, 1, (0.5, 0.95), 150)._replace(cautious_adam=kernels.cautious_adam)
@@ -1242,10 +1235,11 @@ class FrontierGPT(Network):
             "value_embeds": Row((5 * vocab, dim), tables, normal(0.01), s.torch_dtype),
             "bigram_embed": Row((5 * vocab, dim), tables, zeros, s.torch_dtype),
             # queries and keys of each attention; Muon takes them in pairs of heads (record 80, @samacqua)
-            "qk_bank": Row((num_pairs, 2 * dim // s.num_heads, dim), muon, uniform(bound)),
+            "qk_bank": Row((num_attn * s.num_heads, 2 * dim // s.num_heads, dim), muon, uniform(bound)),
             "vo_bank": Row((2 * num_attn, dim, dim), muon, uniform(bound)),
             # both matrices of each MLP as (hidden, D)
-            "mlp_bank": Row((2 * num_blocks, s.mlp_dim, dim), muon, init_mlp, factors=mlp_factors),
+            "mlp_bank": Row((2 * num_blocks, s.mlp_dim, dim), muon, uniform_first(bound),
+                            factors=mlp_factors),
             **FrontierGPT.declare_small_parameters(s, num_attn, num_blocks - 1),
         }
 
@@ -1344,8 +1338,8 @@ class FrontierGPT(Network):
         c9 = x
 
         # the last block and the head's input
-        out_last, out_head = self.mudd_out.split((14, 5))
-        bias_last, bias_head = self.mudd_bias.split((14, 5))
+        out_last, out_head = self.mudd_out.split(MUDD_COUNTS)
+        bias_last, bias_head = self.mudd_bias.split(MUDD_COUNTS)
         m = mudd_coefficients(c9, self.mudd_in[0], out_last, bias_last)
         u, x = mix_last_block(m, c0, c7, c9, ve[4])
         y = self.attention(10, a7, u, weights[10], attend)
@@ -2899,11 +2893,11 @@ def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[S
                 val_loss = validate(model, val_tokens, s, rank, world_size, step.stage)
                 log.validation(step.number, val_loss, clock)
                 last_step = last_step or val_loss <= s.target_loss
-            save_now = last_step or (whole and (saving or stopping))
-            if s.checkpoint_every and step.number > first_step and save_now:
+            ends = last_step or (whole and stopping)
+            if s.checkpoint_every and step.number > first_step and (ends or (whole and saving)):
                 save_checkpoint(log, model, optimizer, step.number, clock.total, identity)
                 saving = False
-            if last_step or (whole and stopping):
+            if ends:
                 break
             clock.start()
         running.append(train_step(model, optimizer, batches, step, signal_number))
