@@ -24,6 +24,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -1823,6 +1824,12 @@ def compile_blocks(model: Network) -> None:
     torch._dynamo.config.recompile_limit = max(8, num_graphs)
     model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
 
+def count_graphs() -> int:
+    """How many graphs torch.compile has made in this process. Does not load it."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
 class KernelTrial:
     """A network with random weights and tokens, and random matrices: a case on which kernels are compared. Of
     GPT, one block."""
@@ -3024,6 +3031,8 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     device, why_device = choose_device(s, launched)
     if launched.local_rank == 0:
         ensure_demo_data(s)  # the other ranks wait for this one in connect
+    if s.torch_compile:  # loaded later, it would keep the group and its threads, which may abort at the end
+        importlib.import_module("torch._dynamo")
     connect(device, launched)
     val_tokens, plan, settings, about = prepare(s, overrides, [*notes, why_device], world_size)
     log = Log(s, rank)
@@ -3038,18 +3047,17 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
         clock = Clock(device)
         identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
-        graphs = torch._dynamo.utils.counters["stats"]
         if kernels.compiled:
             compile_blocks(model)
         num_steps = warm_up(model, optimizer, plan, val_tokens)
         numbers = microbatches_of_rank(plan, first_step, rank, world_size)
         batches = train_batches(plan, numbers, device, rank)
-        compiled = graphs["unique_graphs"]
+        compiled = count_graphs()
         log.write(f"ready after {time.monotonic() - START:.1f} s: {counted(num_steps, 'warm-up step')}, "
                   f"{counted(compiled, 'graph')} compiled")
         ending = train(model, optimizer, batches, plan.schedule, val_tokens, log, clock, identity, first_step)
         if kernels.compiled:
-            late = graphs["unique_graphs"] - compiled
+            late = count_graphs() - compiled
             log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: "
                       f"{counted(late, 'graph')}")
         tokens = sum(step.stage.batch_tokens for step in plan.schedule[:ending.num_steps])

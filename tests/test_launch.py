@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, environment, launch, overrides
+import torch.distributed as dist
+from conftest import CPU, ROOT, environment, launch, overrides, ran
 
 import train_gpt
 
@@ -158,6 +161,28 @@ def test_the_ranks_that_the_script_starts_train_as_one_process_does(data):
     assert "\nbatch: 1 rank x 2 microbatches x 256 tokens" in alone.stdout
     losses = [[float(x) for x in re.findall(r"_loss:([\d.]+)", done.stdout)] for done in (alone, shared)]
     assert len(losses[0]) == 6 + 3 and losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+def backend_eager_and_threads_told(rank):
+    """torch.compile without a compiler; at the end, the names of gloo's threads are printed."""
+    torch.compile = partial(torch.compile, backend="eager")
+    destroy = dist.destroy_process_group
+
+    def told():
+        destroy()
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        print("left of gloo:", [name for name in names if "gloo" in name], flush=True)
+
+    dist.destroy_process_group = told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_thread_of_the_process_group_outlives_it(data, compiled):
+    """One that lets go of a tensor while Python ends aborts the process: a finished run, exit code 134."""
+    s = replace(data, microbatches=2, torch_compile=compiled, target_loss=0.0)
+    said = ran(s, backend_eager_and_threads_told, ranks=2)
+    assert said.count("left of gloo: []\n") == 2, said
 
 
 SPOILED = """

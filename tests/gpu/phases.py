@@ -28,6 +28,7 @@ from statistics import median
 from types import MethodType
 
 import torch
+import torch._dynamo  # before there is a process group: see run() of train_gpt.py
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
