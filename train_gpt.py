@@ -24,7 +24,7 @@ import difflib
 import gc
 import glob
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 try:
@@ -106,12 +109,12 @@ class Settings:
     target_loss: float = 3.28  # [nats/token] stop at the first validation loss at or below it
     val_loss_every: int = 125  # [steps] validate every so many steps, and at the end; 0: only at the end
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
-    val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
+    val_slice_tokens: int = 262_144  # [tokens] of one forward pass; unset: fewer if GPU memory is short
     warmup_steps: int = 30  # [steps] untimed, then undone; each stage takes 1 or more, frontier: 2; 0: none
     sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
     # a training step's batch. [by stage]: one value, or one for each stage of the run, separated by commas;
     # the longest list says how many stages there are (here three, by window_schedule)
-    microbatches: int = 8  # packed sequences per step, over all ranks; raise it to save GPU memory
+    microbatches: int = 8  # packed sequences per step, all ranks'; unset: more if GPU memory is short
     epochs: int = 1  # [passes] maximum number of passes over the training shards
     batch_tokens: ByStage = (393_216,)  # [tokens, by stage] per step, over all ranks
     max_seq_len: ByStage = (2048,)  # [tokens, by stage] most tokens used of one document
@@ -1891,23 +1894,39 @@ class Candidate(NamedTuple):
     fields: dict  # of Kernels
     tolerance: float  # of the relative error on KernelTrial
     prepare: Callable = lambda: None  # is called before the trial
-    advice: str = ""  # for the log if this is not taken
+    advice: str = ""  # for the log if this is taken: what would be faster
 
-FA3_ADVICE = ("; version 3 is faster on this GPU: python -m pip install flash-attn-3 --index-url "
-              "https://download.pytorch.org/whl/cu130, or cu126")
+FASTER_ATTENTION = {  # major compute capability -> what to install
+    9: ("; faster on this GPU: python -m pip install flash-attn-3 --index-url "
+        "https://download.pytorch.org/whl/cu130 (or cu126)"),
+    10: "; faster on this GPU, from PyTorch 2.14 on: python -m pip install 'flash-attn-4>=4.0.0b36'",
+}
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package that the module is in
+        return False
+
+def list_attentions(capability: tuple[int, int]) -> list[Candidate]:
+    """Versions of FlashAttention, the fastest first. Which PyTorch can train with one, the trial shows."""
+    activate = torch.nn.attention.activate_flash_attention_impl
+    flash = dict(attn_args=varlen_args, attention=flash_attention)
+    found = []
+    if capability[0] == 9 and is_installed("flash_attn_interface"):
+        found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3")))
+    if capability[0] in (9, 10) and is_installed("flash_attn.cute"):
+        found.append(Candidate("attention", "FlashAttention 4", flash, 0.03, lambda: activate("FA4")))
+    found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03,
+                           restore_flash_attention_2, FASTER_ATTENTION.get(capability[0], "")))
+    return found
 
 def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]:
-    """The fast kernels for a GPU; of a kind, the fastest first."""
+    """The fast kernels for a GPU; of a kind, the fastest first. capability: NVIDIA's, (0, 0) for others."""
     found = []
     bfloat16 = s.dtype == "bfloat16"
     if bfloat16:  # FlashAttention has no float32, and tiles of float32 need more shared memory than there is
-        activate = torch.nn.attention.activate_flash_attention_impl
-        restore = restore_flash_attention_2
-        flash = dict(attn_args=varlen_args, attention=flash_attention)
-        if capability[0] == 9:
-            found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3"),
-                                   FA3_ADVICE))
-        found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03, restore))
+        found += list_attentions(capability)
     if (s.fp8_head and bfloat16 and capability >= (8, 9)
             and s.padded_vocab % 16 == 0 and s.model_dim % 16 == 0):
         float8_loss = dict(gpt=float8_softcapped_loss, frontier=float8_multi_token_loss)[s.network]
@@ -1925,6 +1944,10 @@ def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]
         found.append(Candidate("blocks", "torch.compile", dict(compiled=True), 0.1))
     return found
 
+def nvidia_capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of another: AMD's have numbers like NVIDIA's, and other units."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(device)
+
 def restore_flash_attention_2() -> None:
     torch.nn.attention.restore_flash_attention_impl(False)  # False: no warning if it is active already
 
@@ -1935,7 +1958,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
         plain = NETWORKS[s.network].plain_kernels
         return plain._replace(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
-    candidates = list_candidates(torch.cuda.get_device_capability(device), s)
+    candidates = list_candidates(nvidia_capability(device), s)
     trial = KernelTrial(device, s) if candidates else None
     chosen = NETWORKS[s.network].plain_kernels
     lines = []
@@ -1944,6 +1967,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
         kinds.remove("Adam")  # it takes PyTorch's fused kernel
     for kind in kinds:
         taken = ""
+        warning = ""
         rejected = []
         for candidate in candidates:
             if candidate.kind != kind or taken:
@@ -1960,15 +1984,17 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
                 dist.all_reduce(error, op=dist.ReduceOp.MAX)
             if error <= candidate.tolerance:
                 chosen = tried
-                taken = f"{candidate.name}; {error:.1e} from plain PyTorch on a small case"
+                taken = f"{candidate.name}; {error:.1e} from plain PyTorch on a small case{candidate.advice}"
             else:
                 rejected.append(f"; {candidate.name} was {error:.1e} from plain PyTorch on a small case, "
-                                f"more than {candidate.tolerance:g} ({where}){candidate.advice}")
-        if not rejected:
-            reason = f"nothing else for DTYPE={s.dtype} and TORCH_COMPILE={s.torch_compile:d}"
-            lines.append(f"{kind}: {taken or f'plain PyTorch ({reason})'}")
-        else:
-            lines.append(f"{kind}: WARNING: {taken or 'plain PyTorch, much slower'}{''.join(rejected)}")
+                                f"more than {candidate.tolerance:g} ({where})")
+            if rejected or candidate.advice:
+                warning = "WARNING: "
+        if not taken and rejected:
+            taken = "plain PyTorch, much slower"
+        elif not taken:
+            taken = f"plain PyTorch (nothing else for DTYPE={s.dtype} and TORCH_COMPILE={s.torch_compile:d})"
+        lines.append(f"{kind}: {warning}{taken}{''.join(rejected)}")
     return chosen, lines
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2317,6 +2343,11 @@ def choose_device(s: Settings, launched: Launcher) -> tuple[torch.device, str]:
                         "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
     device = torch.device("cuda", launched.local_rank)
     torch.cuda.set_device(device)
+    capability = nvidia_capability(device)
+    if (0, 0) < capability < (8, 0) and s.dtype == "bfloat16":
+        raise UserError(f"DTYPE: expected a GPU that computes in bfloat16 (NVIDIA's from Ampere on), found "
+                        f"{torch.cuda.get_device_name(device)}; the demo runs on it (PRESET=demo), and other "
+                        "runs do with DTYPE=float32, without FlashAttention and slowly.", exit_code=2)
     return device, "device: cuda (a CUDA GPU is here)"
 
 def count_cores() -> int:
@@ -2484,9 +2515,10 @@ def best_effort_console():
 class Log:
     """Output of rank 0: every line goes to LOG_DIR/RUN/log.txt and the console; other ranks are silent. On a
     terminal, steps move one live line; in a pipe each prints its line."""
-    def __init__(self, s: Settings, rank: int):
-        """Makes the run's folder. Raises OSError if it cannot."""
+    def __init__(self, s: Settings, rank: int, estimated_peak: int = 0):
+        """Makes the run's folder. estimated_peak: of a GPU's memory [bytes]. Raises OSError if it cannot."""
         self.settings = s
+        self.estimated_peak = estimated_peak
         self.file = None
         self.bar = None
         self.val_loss = math.nan
@@ -2539,7 +2571,8 @@ class Log:
         self.write(f"target_reached:{int(val_loss <= target)} target_loss:{target:g} val_loss:{val_loss:.4f} "
                    f"final_step:{step} {clock.times(step)}", console=False)
         self.write(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB",
+                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB "
+                   f"estimated: {self.estimated_peak >> 20} MiB",
                    console=clock.device.type == "cuda")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2554,6 +2587,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 # the tokens count, not the places.
 FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "train_files", "val_files", "checkpoint_every",
                   "resume", "sample_tokens", "target_loss", "val_loss_every"}
+SIZES = "microbatches", "val_slice_tokens"  # are fitted to the GPU's memory, unless the environment sets them
 
 def checkpoint_hash(header: dict, payload: list) -> str:
     """SHA-256 of the header (without this hash) and the payload's parts."""
@@ -2603,14 +2637,36 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected a whole checkpoint, found {error!r}; name another.") from None
 
+def settings_of_race(s: Settings) -> dict:
+    """Those that must be the same for a run to continue from a checkpoint, as a checkpoint has them."""
+    return json.loads(json.dumps({name: x for name, x in asdict(s).items() if name not in FREE_TO_CHANGE}))
+
+def read_saved_sizes(s: Settings) -> dict[str, int]:
+    """SIZES in the checkpoint from which RESUME goes on: that of the highest step whose other settings are
+    these. Empty if there is none. Whether the file is whole is checked when it is loaded."""
+    paths = []
+    if s.resume == "auto":
+        paths = checkpoints_in(s.log_dir)
+    elif s.resume:
+        paths = [Path(s.resume)]
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            theirs = json.loads(header["__metadata__"]["run"])
+            sizes = {name: theirs[name] for name in SIZES}
+            if settings_of_race(replace(s, **sizes)).items() <= theirs.items():
+                return sizes
+    return {}
+
 def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.ndarray, world_size: int):
     """What must be the same for a run to continue from a checkpoint, by name."""
-    same = {name: value for name, value in asdict(s).items() if name not in FREE_TO_CHANGE}
+    same = settings_of_race(s)
     same |= dict(source=hashlib.sha256(source.encode()).hexdigest(),
                  training_data=[shard.checksum for shard in plan.shards if shard.checksum is not None],
                  validation_data=zlib.crc32(val_tokens),
                  microbatches_of_a_step=s.num_microbatches(world_size))
-    return json.loads(json.dumps(same))  # as a checkpoint has it
+    return same
 
 def save_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, step: int, seconds: float,
                     identity: dict) -> None:
@@ -2641,6 +2697,11 @@ def step_and_folder(path: Path) -> tuple[int, str]:
     number = path.stem.removeprefix("step_")
     return int(number) if number.isdecimal() else -1, path.parent.name
 
+def checkpoints_in(log_dir: str) -> list[Path]:
+    """Those of all runs there, from the highest step down."""
+    paths = Path(log_dir).resolve().glob("*/step_*.safetensors")
+    return sorted(paths, key=step_and_folder, reverse=True)
+
 class Found(NamedTuple):
     """A checkpoint to go on from."""
     path: Path
@@ -2661,8 +2722,7 @@ def find_checkpoint(log: Log, identity: dict) -> Found | None:
             log.write(f"checkpoint: WARNING: {path} is of another train_gpt.py; this one goes on from it")
         return Found(path, tensors, metadata)
     problem = None
-    folder = Path(s.log_dir).resolve()
-    for path in sorted(folder.glob("*/step_*.safetensors"), key=step_and_folder, reverse=True):
+    for path in checkpoints_in(s.log_dir):
         try:
             tensors, metadata = read_safetensors(path)
             theirs = json.loads(metadata["run"])
@@ -2676,7 +2736,7 @@ def find_checkpoint(log: Log, identity: dict) -> Found | None:
             problem = problem or error
     if problem:
         raise problem
-    log.write(f"checkpoint: none in {folder} to go on from, starting anew")
+    log.write(f"checkpoint: none in {Path(s.log_dir).resolve()} to go on from, starting anew")
     return None
 
 def require_same_race(path: Path, theirs: dict, identity: dict) -> None:
@@ -2746,6 +2806,173 @@ def load_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, clock
     if incomplete and step < log.settings.num_iterations:  # the run met its target there
         log.write(f"resumed: WARNING: Adam's gradients of step {step}, which waited for the next, are lost")
     return step
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory: into how many microbatches a step is cut, so that it fits the GPU
+#
+# A step is tried on tensors without values (PyTorch's meta device), and the bytes of all tensors are counted
+# while they live. That takes a second, and no formula has to follow the network. Two operations are replaced
+# by others that keep what the fast kernels keep. What torch.compile computes again is counted as kept.
+
+MEMORY_FACTOR = 1.1  # of the peak, for gaps between tensors (H200 record: 1.07)
+MEMORY_SPARE = 2**30  # [bytes] for CUDA, NCCL and cuBLAS
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made, as long as they live."""
+    def __init__(self):
+        super().__init__()
+        self.storages = weakref.WeakSet()
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage() not in self.storages:
+                self.add(x.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        self.storages.add(storage)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.remove, storage.nbytes())
+
+    def remove(self, size: int) -> None:
+        self.live -= size
+
+class KeptByAttention(torch.autograd.Function):
+    """The tensors of FlashAttention, without its work."""
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = torch.empty_like(v)
+        log_sums = q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, y, log_sums)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+class KeptByHead(torch.autograd.Function):
+    """The tensors of the fast heads, without their work: logits, and their gradient, which takes as much, in
+    float8 with its transpose."""
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        logits = x.new_empty(len(x), len(weight))
+        ctx.save_for_backward(logits, x, weight)
+        return x.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        _, *grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        return tuple(grads)
+
+class Card(NamedTuple):
+    """What a run has to know of a GPU."""
+    name: str
+    memory: int  # [bytes]
+    capability: tuple[int, int]  # nvidia_capability
+
+def read_card(device: torch.device) -> Card | None:
+    """None: the device is no GPU, and nothing is fitted to its memory."""
+    if device.type != "cuda":
+        return None
+    about = torch.cuda.get_device_properties(device)
+    return Card(about.name, about.total_memory, nvidia_capability(device))
+
+def kernels_without_work(s: Settings, card: Card) -> Kernels:
+    """For tensors without values: what the kernels keep that a run takes on this card."""
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) -> Tensor:
+        return KeptByAttention.apply(q, k, v)
+
+    def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *token_weights: Tensor):
+        loss = KeptByHead.apply(x, weight)
+        return (loss, loss.detach()) if token_weights else loss
+
+    kernels = NETWORKS[s.network].plain_kernels._replace(attn_args=varlen_args, attention=attention)
+    if any(candidate.kind == "head" for candidate in list_candidates(card.capability, s)):
+        kernels = kernels._replace(head_loss=head_loss)
+    return kernels
+
+def estimate_memory(s: Settings, world_size: int, card: Card) -> tuple[int, int]:
+    """A rank's peak bytes in training and in validation."""
+    stage = max(make_stages(s), key=lambda stage: stage.batch_tokens)
+    step = make_schedule(s)[stage.first_step]
+    count = s.num_microbatches(world_size)
+
+    def batch(num_tokens: int) -> Batch:
+        targets = torch.empty(num_tokens, dtype=torch.int64)
+        starts = torch.empty(num_tokens // 16, dtype=torch.int32)
+        return Batch(targets.int(), targets, starts, stage.max_seq_len)
+
+    with torch.device("meta"), LiveBytes() as memory:
+        model = NETWORKS[s.network](s, kernels_without_work(s, card), world_size)
+        optimizer = make_optimizer(model, 0, world_size)  # its state counts
+        for _ in range(min(count // world_size, 2)):  # the second beside the gradients of the first
+            loss, _ = model.training_loss(batch(stage.batch_tokens // count), step)
+            loss.backward()
+        training = memory.peak
+        del loss
+        model.zero_grad()
+        memory.peak = memory.live
+        with torch.no_grad():
+            model(*batch(s.val_slice_tokens), stage)
+        del optimizer
+    return training, memory.peak
+
+def microbatch_options(s: Settings, world_size: int) -> list[int]:
+    """MICROBATCHES and its multiples, as far as they cut the steps of all stages into equal microbatches in
+    which the longest document fits."""
+    most = min(s.batch_tokens) // max(s.max_seq_len)
+    counts = range(2 * s.microbatches, most + 1, s.microbatches)
+    equal = [n for n in counts if not world_size_problem(replace(s, microbatches=n), world_size)]
+    return [s.microbatches, *equal]
+
+def slice_options(s: Settings) -> list[int]:
+    """VAL_SLICE_TOKENS, its half, its quarter and so on, as long as the longest document fits."""
+    options = [s.val_slice_tokens]
+    while options[-1] % 32 == 0 and options[-1] // 2 >= max(s.max_seq_len):
+        options.append(options[-1] // 2)
+    return options
+
+class Fitted(NamedTuple):
+    """Settings that fit the GPUs."""
+    settings: Settings
+    about: list[str]  # lines for the log
+    peak: int  # [bytes] estimated, of memory
+
+def fit_memory(s: Settings, overrides: list[str], world_size: int, cards: list[Card | None]) -> Fitted:
+    """The fewest microbatches and the largest validation slices whose estimated peaks fit the smallest of the
+    ranks' cards. Of the two, one that the environment sets stays; both are the checkpoint's if the run
+    resumes."""
+    card = min((card for card in cards if card), key=lambda card: card.memory, default=None)
+    if card is None:
+        return Fitted(s, [], 0)
+
+    def fits(peak: int) -> bool:
+        return MEMORY_FACTOR * peak + MEMORY_SPARE <= card.memory
+
+    options = dict(microbatches=microbatch_options(s, world_size), val_slice_tokens=slice_options(s))
+    saved = read_saved_sizes(s)
+    for number, name in enumerate(SIZES):  # the first decides training's peak, the second validation's
+        if name in overrides:
+            options[name] = [getattr(s, name)]
+        elif name in saved:
+            options[name] = [saved[name]]
+        for value in options[name]:
+            s = replace(s, **{name: value})
+            peaks = estimate_memory(s, world_size, card)
+            if fits(peaks[number]):
+                break
+    training, validation, there = (size / 2**30 for size in (*peaks, card.memory))
+    warning = "" if fits(max(peaks)) else "WARNING: more than fits: "
+    line = (f"memory: {warning}{training:.1f} GiB in training and {validation:.1f} GiB in validation, by an "
+            f"estimate, of {there:.1f} GiB ({card.name})")
+    chosen = [f"{name.upper()}={getattr(s, name)}" for name in SIZES if name not in overrides]
+    if chosen:
+        line += f"; {'as in the checkpoint' if saved else 'chosen to fit'}: {', '.join(chosen)}"
+    return Fitted(s, [line], max(peaks))
 
 # ----------------------------------------------------------------------------------------------------------
 # Training
@@ -3034,8 +3261,14 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     if s.torch_compile:  # loaded later, it would keep the group and its threads, which may abort at the end
         importlib.import_module("torch._dynamo")
     connect(device, launched)
-    val_tokens, plan, settings, about = prepare(s, overrides, [*notes, why_device], world_size)
-    log = Log(s, rank)
+    cards = [read_card(device)]
+    if world_size > 1:
+        cards *= world_size
+        dist.all_gather_object(cards, cards[0])
+    s, about_memory, peak = fit_memory(s, overrides, world_size, cards)
+    notes = [*notes, why_device, *about_memory]
+    val_tokens, plan, settings, about = prepare(s, overrides, notes, world_size)
+    log = Log(s, rank, peak)
     try:
         log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
         kernels, why_kernels = choose_kernels(device, s)
@@ -3087,7 +3320,10 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
         notes = [*notes, f"processes: {count}, of {threads} each, on {cores}; else set NPROC"]
     if dry_run or (device.type == "cuda" and count > 1):  # what is wrong is told here, once
         ensure_demo_data(s)
-        prepared = prepare(s, overrides, [*notes, why_device], count)
+        gpus = range(count if device.type == "cuda" else 0)
+        fitted = fit_memory(s, overrides, count, [read_card(torch.device("cuda", i)) for i in gpus])
+        notes_of_all = [*notes, why_device, *fitted.about]
+        prepared = prepare(fitted.settings, overrides, notes_of_all, count)
     if dry_run:
         settings = ["  " + setting for setting in prepared.settings]
         print("settings:", *settings, *prepared.about, sep="\n")

@@ -151,6 +151,21 @@ def run_main(monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def pretend_gpus(monkeypatch):
+    """pretend_gpus(count, capability): so many GPUs of 80 GiB are reported, on which nothing can run."""
+
+    def pretend(count, capability=(9, 0)):
+        monkeypatch.setattr(train_gpt, "count_gpus", lambda: count)
+        answers = dict(set_device=None, get_device_capability=capability, get_device_name="a GPU")
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, answer=answer: answer)
+        card = train_gpt.Card("a GPU", 80 << 30, capability)
+        monkeypatch.setattr(train_gpt, "read_card", lambda device: card)
+
+    return pretend
+
+
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["conftest"])
 

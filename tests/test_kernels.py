@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -247,6 +248,7 @@ def choose(small, monkeypatch):
         pytest.skip("there is a real GPU: tests/gpu/test_gpu.py")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda _: None)
+    monkeypatch.setattr(train_gpt, "is_installed", lambda module: True)
     real_varlen, in_bfloat16 = varlen.varlen_attn, replace(small, dtype="bfloat16")
 
     def run(s=in_bfloat16, attention=plain_varlen, head=lambda f: f, blocks=lambda f: f,
@@ -336,25 +338,72 @@ def test_float32_takes_neither_flash_attention_nor_tiles_and_warns_of_nothing(ch
     assert "nothing else for DTYPE=float32 and TORCH_COMPILE=0" in lines[0]
 
 
-def test_without_flash_attention_3_a_hopper_says_loudly_how_to_install_it(choose, monkeypatch):
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", missing)
+@pytest.mark.parametrize("capability, advice", [
+    ((9, 0), "pip install flash-attn-3 "), ((10, 0), "pip install 'flash-attn-4>="),
+    ((8, 9), ""), ((12, 0), "")])
+def test_without_a_newer_flash_attention_a_gpu_that_could_use_one_says_so_loudly(
+        choose, monkeypatch, capability, advice):
+    monkeypatch.setattr(train_gpt, "is_installed", lambda module: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     kernels, lines = choose()
-    assert lines[0].startswith("attention: WARNING: FlashAttention 2 of PyTorch; ")
-    assert "pip install flash-attn-3" in lines[0] and "no such kernel" in lines[0]
-    assert kernels.attention is train_gpt.flash_attention
+    assert kernels.attention is train_gpt.flash_attention and "FlashAttention 2 of PyTorch; " in lines[0]
+    assert lines[0].startswith("attention: WARNING: ") == bool(advice) and advice in lines[0]
 
 
-def test_a_flash_attention_3_that_fails_its_trial_makes_way_for_version_2(choose, monkeypatch):
+def test_of_the_flash_attentions_the_fastest_that_passes_its_trial_is_taken(choose, monkeypatch):
+    """Each is tried in turn; here version 3 is wrong, and PyTorch is too old to train with version 4."""
     active = []
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", active.append)
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda warn: active.clear())
 
-    def attention(*qkv, **more):
-        return (1.2 if active else 1) * plain_varlen(*qkv, **more)
+    def attention(*qkv, wrong=(), failing=(), **more):
+        if active and active[-1] in failing:
+            raise RuntimeError("no windows here")
+        return (1.2 if active and active[-1] in wrong else 1) * plain_varlen(*qkv, **more)
 
-    kernels, lines = choose(attention=attention)
+    _, lines = choose(attention=partial(attention, wrong=["FA3"]))
+    assert lines[0].startswith("attention: WARNING: FlashAttention 4; 0.0e+00 from")
+    assert active == ["FA3", "FA4"]
+    assert "FlashAttention 3 was 2.0e-01 from" in lines[0]
+    active.clear()
+    _, lines = choose(attention=partial(attention, wrong=["FA3"], failing=["FA4"]))
     assert lines[0].startswith("attention: WARNING: FlashAttention 2 of PyTorch; ") and not active
-    assert "FlashAttention 3 was 2.0e-01 from" in lines[0] and kernels.attention is train_gpt.flash_attention
+    assert "FlashAttention 4 was inf from" in lines[0] and "no windows here" in lines[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    _, lines = choose(attention=partial(attention, wrong=["FA3"]))
+    assert lines[0].startswith("attention: FlashAttention 4; 0.0e+00 from") and active == ["FA4"]
+
+
+def test_a_package_that_is_not_there_is_not_installed():
+    assert train_gpt.is_installed("torch.nn") and not train_gpt.is_installed("torch.no_such_module")
+    assert not train_gpt.is_installed("no_such_package.module")
+
+
+def test_amds_gpus_get_nothing_that_only_nvidias_have(choose, small, monkeypatch):
+    """Their capabilities have numbers like those of Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    candidates = train_gpt.list_candidates((0, 0), replace(small, dtype="bfloat16"))
+    names = [candidate.name for candidate in candidates]
+    assert "FlashAttention 2 of PyTorch" in names and not any("float8" in name for name in names)
+    _, lines = choose(attention=missing)
+    assert lines[0].startswith("attention: WARNING: plain PyTorch, much slower; FlashAttention 2 ")
+    assert lines[1].startswith("head: bfloat16, torch.compile; ")
+
+
+@pytest.mark.parametrize("capability, dtype, fits", [
+    ((7, 5), "bfloat16", False), ((7, 0), "bfloat16", False), ((7, 5), "float32", True),
+    ((8, 0), "bfloat16", True)])
+def test_a_gpu_before_ampere_is_refused_in_bfloat16_with_what_to_set(
+        small, pretend_gpus, capability, dtype, fits):
+    pretend_gpus(1, capability)
+    s, launcher = replace(small, dtype=dtype), train_gpt.read_launcher({})
+    if fits:
+        assert train_gpt.choose_device(s, launcher)[0].type == "cuda"
+        return
+    with pytest.raises(train_gpt.UserError, match=r"found a GPU; .*PRESET=demo.*DTYPE=float32") as raised:
+        train_gpt.choose_device(s, launcher)
+    assert raised.value.exit_code == 2
 
 
 def test_plain_attention_never_runs_on_cudnn(choose):

@@ -129,12 +129,12 @@ def test_on_a_cpu_there_is_a_process_for_each_core_that_gets_microbatches(
     assert train_gpt.threads_of_each(expected) == cores // expected
 
 
-def test_several_gpus_are_started_by_torchrun_after_the_data_are_checked(data, run_main, monkeypatch):
+def test_several_gpus_are_started_by_torchrun_after_the_data_are_checked(
+        data, run_main, monkeypatch, pretend_gpus):
     started = []
     monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments) or sys.exit(7))
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-O", "train_gpt.py"])
-    monkeypatch.setattr(train_gpt, "count_gpus", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    pretend_gpus(8)
     s = replace(data, device="cuda", nproc=0)
     with pytest.raises(SystemExit, match="7"):
         run_main(**overrides(s), NPROC=None)

@@ -39,7 +39,7 @@ def test_prove_runs_all_parts_small_on_a_cpu_and_leaves_a_summary_and_an_archive
     with tarfile.open(out / "prove.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     logs = sorted(path.name for path in (tmp_path / "prove").glob("*log.txt"))
-    runs = ["checks-fp8-0-seed-0", "checks-fp8-1-seed-0", "demo", "shapes"]
+    runs = ["checks-fp8-0-seed-0", "checks-fp8-1-seed-0", "demo", "memory-16", "memory-8", "shapes"]
     assert logs == [f"{run}-log.txt" for run in runs]
     assert report.read_log(tmp_path / "prove" / "shapes-log.txt").end.step == 6
 
@@ -67,6 +67,18 @@ def test_a_gpu_with_a_plain_kernel_is_not_measured_further(tmp_path, monkeypatch
     proof = prove.Report(tmp_path / "out", tmp_path, minutes=1)
     prove.prove(proof, ["kernels", "operations"], 1, True, 1, tmp_path)
     assert [*proof.sections] == ["kernels"] and "much slower" in proof.problems[0]
+
+
+def test_the_cards_of_the_roofline_fit_and_the_faster_take_less_time(capsys):
+    assert roofline.main(["--cards"]) == 0
+    shown = capsys.readouterr().out
+    cells = r"^\| (.+?), \d+ GB \| (\d+), \d+ \| (\d+) GiB \| (\d+) min \| (\d+) min \|$"
+    rows = re.findall(cells, shown, re.MULTILINE)
+    assert [name for name, *_ in rows] == [gpu.name for gpu in roofline.GPUS]
+    minutes = {name: int(alone) for name, _, _, alone, _ in rows}
+    assert minutes["H100"] < minutes["A100"] < minutes["RTX 4090"] < minutes["RTX 3090"] < minutes["RTX 4070"]
+    for gpu, (*_, memory, alone, shared) in zip(roofline.GPUS, rows):
+        assert int(memory) < gpu.gigabytes and int(shared) < int(alone) < 9 * int(shared)
 
 
 def test_settings_in_the_environment_apply_to_the_shapes(tmp_path, monkeypatch):

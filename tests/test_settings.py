@@ -275,15 +275,14 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     assert tokens.startswith(f"data: {available:,} tokens in 1 shard; the run reads ")
 
 
-def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, pretend_gpus):
     for gpus, ranks in ((1, 1), (3, 2), (7, 4), (8, 8), (10, 8)):
-        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        pretend_gpus(gpus)
         s = replace(data, device="auto", nproc=0)
         code, shown, said = run_main("--dry-run", **overrides(s), NPROC=None)
         shares = f"{train_gpt.counted(ranks, 'rank')} x {train_gpt.counted(8 // ranks, 'microbatch')} x "
         assert (code, said) == (0, "") and f"\nbatch: {shares}" in shown
+        assert "\nmemory: 0.0 GiB in training and 0.0 GiB in validation, by an estimate, of 80.0 GiB" in shown
 
 
 @pytest.mark.parametrize("environ, name", [

@@ -15,6 +15,8 @@ The parts, in the order of what they tell:
   checks        the tests of the kernels, and 60 steps at full width with the head in float8 and in bfloat16,
                 not compiled, all side by side
   demo          the demo, on the GPU
+  memory        two steps with 8 and with 16 microbatches: estimated and measured peak of memory, the second
+                with at most 24 GB for PyTorch
 Settings in the environment apply to `shapes` and to the steps of `checks`: PRESET, WINDOW_SCHEDULE=11, other
 TRAIN_FILES. FOLDER gets two files, which are brought up to date after each part: summary.md, and
 prove.tar.gz with the runs' logs and everything that the parts print. A part that fails, or finds no time
@@ -268,6 +270,25 @@ def write_synthetic_shard(path: Path, num_tokens: int, vocab_size: int) -> None:
     header[:3] = 20240520, 1, num_tokens
     path.write_bytes(header.tobytes() + tokens.tobytes())
 
+MEMORY_TOLERANCE = 0.1  # of the estimate, relative
+
+def test_memory(report: Report, name: str, settings: dict) -> None:
+    """The estimate of train_gpt.py beside the peak. On a CPU, which has none, both are 0."""
+    report.add(name, "", "| microbatches | estimated, MiB | peak allocated, MiB |", "| --- | --- | --- |")
+    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 24 * 2**30
+    limit = f"per_process_memory_fraction:{min(1, 24 * 2**30 / total):.3f}"
+    for microbatches, limited in ((8, {}), (16, dict(PYTORCH_CUDA_ALLOC_CONF=limit))):
+        part = f"{name}-{microbatches}"
+        environ = dict(LOG_DIR=report.work / part, MICROBATCHES=microbatches, NPROC=1) | limited
+        finish(report, start(report, part, [ROOT / "train_gpt.py"], **settings | environ))
+        lines = read_log(report, part)
+        peak, estimate = map(int, re.search(r"^peak memory allocated: (\d+) .* estimated: (\d+)", lines,
+                                            re.MULTILINE).groups())
+        report.add(name, f"| {microbatches} | {estimate} | {peak} |")
+        if abs(peak - estimate) > MEMORY_TOLERANCE * estimate:
+            report.problems.append(f"FAILED: {name}: with {microbatches} microbatches the peak was {peak} "
+                                   f"MiB, the estimate {estimate}")
+
 def build_demo_data(data: Path) -> None:
     command = [sys.executable, ROOT / "data" / "demo_corpus.py", data / train_gpt.DEMO_DATA]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -294,8 +315,9 @@ def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: 
         report.part("collectives", test_collectives, device)
     if "kernels" in parts and not report.part("kernels", show_kernels, device, s):
         return
-    if "shapes" in parts:
+    if "shapes" in parts or "memory" in parts:
         write_synthetic_shard(shard, 12_000_000, s.vocab_size)
+    if "shapes" in parts:
         report.part("shapes", run_shapes, processes, shapes)
     if "operations" in parts:
         report.part("operations", lambda *_: report.add("operations", *time_operations(s, device)))
@@ -304,8 +326,10 @@ def prove(report: Report, parts: list[str], processes: int, small: bool, seeds: 
         report.part("checks", run_checks, small, text | given, seeds)
     if "demo" in parts:
         report.part("demo", run_demo, small, data)
+    if "memory" in parts:
+        report.part("memory", test_memory, shapes | dict(NUM_ITERATIONS=2, WARMUP_STEPS=1))
 
-PARTS = "collectives,kernels,shapes,operations,checks,demo"
+PARTS = "collectives,kernels,shapes,operations,checks,demo,memory"
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter

@@ -3,6 +3,7 @@ __doc__ = """
 What a step should cost on paper: FLOPs and bytes of each phase from the shapes in Settings, at given rates.
 
     python tests/gpu/roofline.py [--ranks 8] [--bf16 630 ...] [--measured shapes-log.txt]
+    python tests/gpu/roofline.py --cards
 
 Settings come from the environment, as for train_gpt.py; PRESET is speedrun unless it is set; frontier is
 estimated stage by stage, with Adam's part on its own steps, and summed up to the whole race. A part takes as
@@ -42,6 +43,28 @@ POINTWISE = {"blocks, forward": 24.8, "blocks, backward": 38.7}
 FRONTIER_POINTWISE = {"blocks, forward": (8.5, 1.6), "blocks, backward": (13.85, 0.85)}
 # NorMuon and cautious decay, which PyTorch computes operation by operation in float32: bytes for each number
 NORMUON_BYTES = 100
+
+class Gpu(NamedTuple):
+    """A card, and peak rates by its maker's data sheet (dense; sums in float32)."""
+    name: str
+    gigabytes: int
+    capability: tuple[int, int]
+    bf16: float  # TFLOP/s
+    fp8: float  # TFLOP/s; without units for float8 that of bfloat16
+    memory: float  # TB/s
+    link: float  # GB/s of a card in a collective of 8: an assumption
+    attention: float  # the share of bf16 that attention reaches: an assumption
+
+GPUS = [
+    Gpu("H100", 80, (9, 0), 989, 1979, 3.35, 350, 0.35),
+    Gpu("A100", 40, (8, 0), 312, 312, 1.56, 250, 0.5),
+    Gpu("L40S", 48, (8, 9), 362, 733, 0.864, 10, 0.5),
+    Gpu("RTX 4090", 24, (8, 9), 165, 330, 1.008, 10, 0.5),
+    Gpu("RTX 3090", 24, (8, 6), 71, 71, 0.936, 10, 0.5),
+    Gpu("RTX 4080", 16, (8, 9), 97, 195, 0.717, 10, 0.5),
+    Gpu("RTX 4070", 12, (8, 9), 58, 117, 0.504, 10, 0.5),
+]
+REACHED = 0.64  # of the peak in products, as for the H100 above; in float8 half of it
 
 class Part(NamedTuple):
     phase: str  # as phases.py names it
@@ -216,6 +239,26 @@ def estimate_frontier(s: train_gpt.Settings, ranks: int, document: int, rates: d
     print(f"\nestimate of the race, {len(schedule) - 1} steps: {seconds:.1f} s, {sending:.1f} s of it in "
           "collectives")
 
+def estimate_cards() -> None:
+    """Print a table: what a run chooses on a card, and how long the speedrun takes there."""
+    s = train_gpt.Settings()
+    print("estimates, none measured\n")
+    print("| GPU | `MICROBATCHES` on 1, on 8 | memory on 1 | the run on 1 | on 8 |")
+    print("| --- | --- | --- | --- | --- |")
+    for gpu in GPUS:
+        card = train_gpt.Card(gpu.name, int(0.98 * gpu.gigabytes * 2**30), gpu.capability)
+        fp8 = 0.5 * gpu.fp8 if gpu.fp8 > gpu.bf16 else REACHED * gpu.bf16
+        rates = dict(bf16=REACHED * gpu.bf16, fp8=fp8, attention=gpu.attention * gpu.bf16, memory=gpu.memory,
+                     nvlink=gpu.link)
+        minutes = []
+        fits = [train_gpt.fit_memory(s, [], ranks, [card]) for ranks in (1, 8)]
+        for ranks, fitted in zip((1, 8), fits):
+            step = sum(part.ms(rates) for part in step_parts(fitted.settings, ranks, 1000))
+            minutes.append(step * s.num_iterations / 60_000)
+        sizes = ", ".join(str(fitted.settings.microbatches) for fitted in fits)
+        print(f"| {gpu.name}, {gpu.gigabytes} GB | {sizes} | {fits[0].peak / 2**30:.0f} GiB | "
+              f"{minutes[0]:.0f} min | {minutes[1]:.0f} min |")
+
 def read_phases(log: str) -> dict[str, float]:
     """phase -> ms in a step, the mean over the attention windows, in a log of phases.py."""
     windows = json.loads(re.search("^phases: (.*)$", log, re.MULTILINE)[1]).values()
@@ -227,10 +270,15 @@ def main(argv=None) -> int:
     parser.add_argument("--ranks", type=int, default=8, help="GPUs that share a step (default: 8)")
     parser.add_argument("--document", type=int, default=1000, help="tokens of every document (default: 1000)")
     parser.add_argument("--measured", type=Path, help="log of phases.py, from as many GPUs")
+    parser.add_argument("--cards", action="store_true",
+                        help="a table of cards instead: microbatches, memory, time of the speedrun")
     for name, (default, meaning) in RATES.items():
         about = f"{meaning} (default: {default:g})"
         parser.add_argument(f"--{name}", type=float, default=default, help=about)
     args = parser.parse_args(argv)
+    if args.cards:
+        estimate_cards()
+        return 0
     try:
         s, *_ = train_gpt.read_settings({"PRESET": "speedrun", **os.environ})
     except train_gpt.UserError as error:
