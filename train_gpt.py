@@ -204,7 +204,7 @@ def setting_text(value) -> str:
 
 def restore_settings(saved: dict) -> Settings:
     """The settings from the JSON of a checkpoint, which lacks those that are free to change: they have their
-    defaults. For data/sample.py."""
+    defaults. For records/sample.py."""
     values = {}
     for f in fields(Settings):
         if f.name in saved:

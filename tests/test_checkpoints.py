@@ -651,8 +651,8 @@ def test_torchrun_restarts_a_run_after_a_kill_and_where_torchrun_is_killed_its_r
 
 @pytest.fixture
 def sampled(tmp_path, monkeypatch, capfd):
-    """sampled(arguments): what data/sample.py prints from a checkpoint of random weights."""
-    monkeypatch.syspath_prepend(ROOT / "data")
+    """sampled(arguments): what records/sample.py prints from a checkpoint of random weights."""
+    monkeypatch.syspath_prepend(ROOT / "records")
     sample = importlib.import_module("sample")
     s = replace(train_gpt.Settings(), **SMALL | dict(vocab_size=257, bos_id=256))
     tensors = {name: p.data for name, p in fresh_model(s).named_parameters()}

@@ -178,7 +178,7 @@ def test_head_and_embedding_part_after_the_untying(whole):
 
 def test_the_tool_that_samples_reads_a_checkpoint_of_this_network(whole):
     arguments = checkpoints(whole)[0], "--prompt", "def", "--length", 20
-    command = [sys.executable, ROOT / "data" / "sample.py", *arguments]
+    command = [sys.executable, ROOT / "records" / "sample.py", *arguments]
     done = subprocess.run(map(str, command), capture_output=True, text=True, env=environment())
     assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
 

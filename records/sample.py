@@ -2,7 +2,7 @@
 __doc__ = """
 Print text that the model of a checkpoint writes.
 
-    python data/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200
+    python records/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200
 
 The vocabulary is bytes (VOCAB_SIZE=257), or GPT-2's, which needs tiktoken and, once, a network to fetch it.
 It runs on the CPU, with the settings that the checkpoint holds, and draws at a temperature of 0.8.
