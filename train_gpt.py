@@ -166,18 +166,33 @@ class Settings:
 # The demo: the same blocks, narrow, on the standard library of the Python that runs this. Bytes are the ids
 # 0-255, and 256 is BOS. The folder's name has Python's version, since other versions have other texts.
 DEMO_DATA = f"data/demo-{platform.python_version()}"
+ON_A_CPU = dict(  # what the demo and the small race share
+    dtype="float32", torch_compile=False,
+    train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
+    val_slice_tokens=8192, microbatches=2,
+    vocab_size=257, vocab_multiple=8, bos_id=256, num_heads=2,
+    window_block=16, key_offset=True, equal_qk_start=True,
+    muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
+    embed_lr_mult=15.0, scalar_lr_mult=2.0,
+)
 PRESETS = {
     "speedrun": {},
     "demo": dict(
-        dtype="float32", torch_compile=False,
-        train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=44, target_loss=1.62, val_loss_every=11, val_tokens=32_768, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=160, batch_tokens=(1280,), microbatches=2,
-        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
-        window_schedule=(11, 11, 20), window_block=16,
-        gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
-        muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
-        adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
+        ON_A_CPU,
+        num_iterations=44, target_loss=1.62, val_loss_every=11, val_tokens=32_768,
+        warmup_steps=3, sample_tokens=160, batch_tokens=(1280,),
+        model_dim=128, mlp_dim=256, window_schedule=(11, 11, 20),
+        gate_channels=0, ngram_rows=65_536, ngram_max=5,
+        muon_lr=0.06, adam_lr=0.014, adam_beta1=0.7,
+    ),
+    # The small race, for ideas: as many tokens for each number of the blocks as the speedrun has, to a fixed
+    # step; see records/2026-11-26_Proxy
+    "proxy": dict(
+        ON_A_CPU,
+        num_iterations=600, target_loss=0.0, val_loss_every=200, val_tokens=65_536,
+        warmup_steps=0, batch_tokens=(3072,),
+        model_dim=64, mlp_dim=128,
+        muon_lr=0.05, adam_lr=0.009,
     ),
     # Record 82 of modded-nanogpt (April 2026: 81.2 s, 364M tokens); see FrontierGPT
     "frontier": dict(

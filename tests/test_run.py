@@ -297,7 +297,7 @@ def test_the_demo_builds_its_corpus_and_reaches_its_target(tmp_path):
 
 @pytest.fixture
 def sampled(small, tmp_path, monkeypatch, capfd):
-    """sampled(arguments, settings): what records/sample.py prints from a file of random weights and step 2."""
+    """sampled(arguments, settings): what records/sample.py prints of random weights and step 2."""
     monkeypatch.syspath_prepend(ROOT / "records")
     sample = importlib.import_module("sample")
 

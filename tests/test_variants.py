@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, random_documents
-from test_report import report
+from test_report import our_log, report, write
 
 import race
 
 sys.path.insert(0, str(ROOT / "records/ideas"))
 
 import ideas  # noqa: E402
+import rank  # noqa: E402
 
 
 @cache
@@ -82,10 +83,10 @@ def train_three_steps(patches, environment, folder):
     """(losses of three steps of a small model, its parameters) under these patches and settings. A parameter
     before two matrices that start at zero, as the gates are, changes in the third."""
     module = import_file(patched(ideas.BASE, patches, folder), "patched")
-    preset = dict(PRESET="demo", NGRAM_ROWS="0", KEY_OFFSET="0", EQUAL_QK_START="0", GATE_CHANNELS="12",
-                  WINDOW_SCHEDULE="3,7,11", BATCH_TOKENS="6144", MICROBATCHES="2", NUM_ITERATIONS="300")
+    preset = dict(PRESET="demo", NGRAM_ROWS="0", GATE_CHANNELS="12", WINDOW_SCHEDULE="3,7,11",
+                  BATCH_TOKENS="3072", NUM_ITERATIONS="600")
     given, overrides, _ = module.read_settings(preset | environment)
-    small = dict(SMALL, microbatches=1, batch_tokens=tuple(n // 96 for n in given.batch_tokens),
+    small = dict(SMALL, microbatches=1, batch_tokens=tuple(n // 48 for n in given.batch_tokens),
                  ngram_rows=given.ngram_rows and 64, ngram_dim=32)
     s = replace(given, **small)
     model = module.GPT(s, module.Kernels())
@@ -133,6 +134,29 @@ def test_the_halves_of_the_list_are_those_that_the_seed_draws():
     for kind in ("winner", "loser"):
         halves = [row[-1] for row in LIST if row[1] == kind]
         assert abs(halves.count("first") - halves.count("second")) <= 1
+
+
+def test_the_two_races_are_compared_idea_by_idea_and_as_ranks(tmp_path, capsys):
+    """An idea that the base has is raced without it. With the signs of the big race all is right."""
+    losses = {"base": (1.5, 1.52), "exclusive": (1.49, 1.5), "key-offset": (1.6, 1.63),
+              "no-skip": (1.51, 1.53), "mudd": (1.45, 1.48), "one-skip": (1.5, 1.52)}
+    for name, values in losses.items():
+        logs = [our_log(loss, target=0.0, seed=seed) for seed, loss in enumerate(values, 1)]
+        write(tmp_path / name, *logs, name="seed-{}.txt")
+    assert rank.main([str(tmp_path), "--one-percent", "0.01", "--plot", str(tmp_path / "x.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "| exclusive | winner | 2.2 | -0.0150 | 2 | right |" in shown
+    assert "| key-offset | winner | 2.2 | -0.1050 | 2 | right |" in shown
+    assert "| one-skip | neutral | 0.1 | +0.0000 | 2 | - |" in shown
+    assert "signs right among winners: 3 of 3\nsigns right among losers: 1 of 1\n" in shown
+    # the two seeds' differences are 0.01 apart for three ideas, and equal for two: sqrt(3 x 0.00005 / 5)
+    assert "over seeds: 0.0055 nats" in shown
+    assert "0.5 % of the steps is 0.0050 nats: 5 rounds see it" in shown
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert rank.main([str(tmp_path), "--half", "second"]) == 0
+    assert "of 2 ideas" in capsys.readouterr().out
+    assert rank.main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere/base: expected logs" in capsys.readouterr().err
 
 
 def test_the_ideas_of_a_half_are_printed_as_versions_that_race_reads(capsys):

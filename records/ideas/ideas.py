@@ -35,6 +35,10 @@ def settings_of(row: list[str]) -> list[str]:
     """NAME=VALUE of each setting of an idea."""
     return " ".join(re.findall(r"`(.*?)`", row[6])).split()
 
+def in_base(row: list[str]) -> bool:
+    """Whether the base has the idea already, so that the version is the base without it."""
+    return "(without)" in row[6]
+
 def version(row: list[str]) -> str:
     """An idea as race.py takes it."""
     script = "+".join([BASE, *map(str, patches_of(row))])
