@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from compact import compact
 from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
                     read_log, read_utf8, report)
 from tqdm import tqdm
@@ -211,6 +212,7 @@ def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     part = log.with_suffix(".part")
     shutil.copyfile(logs[0], part)
     end = read_log(part).end  # raises ReportError if it is not whole
+    compact(part, log.parents[1])
     part.replace(log)
     with console(), progress.external_write_mode():
         print(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")

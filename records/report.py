@@ -11,6 +11,7 @@ records/README.md says what a set of logs is and explains the figures.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -45,9 +46,11 @@ def read_utf8(path: Path) -> str:
         raise ReportError(f"{path}: expected a text in UTF-8, found {error}; save it as UTF-8.") from None
 
 # ----------------------------------------------------------------------------------------------------------
-# Logs: source, environment, settings and the lines of the run, with a line of 100 "=" between them
+# Logs: source or the name of its file, environment, settings and the lines of the run; between them a line of
+# 100 "="
 
 RULE = "\n" + "=" * 100 + "\n"
+SOURCE = re.compile(r"source: (.+) sha256:([0-9a-f]{64})")
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
 TRAINED = re.compile(r"^step:(\d+)/(\d+) train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
@@ -71,11 +74,13 @@ class Run:
 
 def read_log(path: Path, step: int = 0) -> Run:
     """Read the log of a complete run, judged at the validation after `step`, or at the last if that is 0.
-    Raises OSError, and ReportError if the log is cut or damaged, or its run was stopped or resumed."""
+    Raises OSError, and ReportError if the log is cut or damaged, its run was stopped or resumed, or the file
+    of its source is missing or another."""
     source, *parts = path.read_text(encoding="utf-8", errors="replace").split(RULE)
     if len(parts) not in (2, 3):  # published logs have no settings
         raise ReportError(f"{path}: not a log: expected source, environment, settings and steps with lines "
                           f"of 100 '=' between them, found {len(parts)} such lines.")
+    source = read_source(path, source)
     environment, lines = parts[0], parts[-1]
     settings = dict(SETTING.findall(parts[1])) if len(parts) == 3 else {}
     trained = [(int(number), int(planned)) for number, planned in TRAINED.findall(lines)]
@@ -92,6 +97,25 @@ def read_log(path: Path, step: int = 0) -> Run:
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
     return Run(path, source.rstrip("\n"), settings, describe_hardware(environment, lines), validations,
                validations[step or num_steps], trained[-1][1] if trained else 0, race_round)
+
+def names_source(head: str) -> re.Match | None:
+    """What compact.py writes in the place of a log's source: the groups are the file and its SHA-256."""
+    return SOURCE.fullmatch(head)
+
+def read_source(log: Path, head: str) -> str:
+    """The source of a log that begins with `head`: that, or the file it names. Raises ReportError."""
+    named = names_source(head)
+    if not named:
+        return head
+    path = log.parent / named[1]
+    if not path.is_file():
+        raise ReportError(f"{log}: expected its source in {path}, found no such file; put it there.")
+    source = path.read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    if digest != named[2]:
+        raise ReportError(f"{log}: expected its source in {path}, with SHA-256 {named[2]}, found {digest}; "
+                          "restore that file.")
+    return source.decode(errors="replace")
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3'; without a GPU '2 CPUs, 2 threads', or of two processes '2 CPUs, 2 x 1

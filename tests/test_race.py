@@ -102,6 +102,9 @@ def test_versions_run_in_turn_with_the_rounds_seed_and_are_compared_with_the_fir
     assert out.startswith(f"3 versions, 2 rounds: 6 runs to do, logs in {racing.out}\n")
     assert "b against a, paired over 2 rounds: " in out and "a_WIDTH=2 against a, paired over 2 " in out
     assert not list(racing.folder.glob("race-*"))
+    head = (racing.out / "a_WIDTH=2/round-02.txt").read_text().partition("\n")[0]
+    source = racing.out / head.split()[1].removeprefix("../")
+    assert source.read_text() == Path(racing.a).read_text() and len(list(racing.out.glob("*.py"))) == 2
 
 
 def test_the_same_command_continues_a_race_and_a_larger_n_adds_rounds(racing):

@@ -1,5 +1,6 @@
 """report.py: logs good and bad, sets that must not mix, what the statistics say, plots and tables."""
 
+import hashlib
 import io
 import math
 import re
@@ -11,6 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 
+import compact  # noqa: E402
 import report  # noqa: E402
 
 RULE = "=" * 100
@@ -60,6 +62,40 @@ def test_a_log_of_ours_is_read_as_it_stands(tmp_path):
     assert log.source == "a = 1\n\nb = 2" and log.settings["seed"] == "3"
     assert log.end == report.Validation(step=4, loss=1.6, seconds=0.4)
     assert list(log.validations) == [0, 2, 4] and log.hardware == "2 CPUs, 2 threads"
+
+
+def test_a_compact_log_says_what_it_said_before(tmp_path, capsys):
+    """One file holds the source of all logs that had it; compacting again changes nothing."""
+    sources = "a = 1\n\nb = 2\n", "c = 3\n"
+    for label, source in zip("abc", (*sources, sources[0])):
+        write(tmp_path / label, our_log(source=source), our_log(1.5, source=source))
+    write(tmp_path / "d", published_log())
+    write(tmp_path, "shopping list\n", name="note.txt")
+    logs = sorted(tmp_path.glob("*/*.txt"))
+    before = [report.read_log(log) for log in logs]
+    assert compact.main([str(tmp_path)]) == 0
+    assert [report.read_log(log) for log in logs] == before
+    files = [file.read_text() for file in tmp_path.glob("train_gpt-*.py")]
+    assert len(files) == 3 and set(sources) < set(files)
+    digest = hashlib.sha256(sources[1].encode()).hexdigest()
+    text = (tmp_path / "b/round-01.txt").read_text()
+    assert text.startswith(f"source: ../train_gpt-{digest[:8]}.py sha256:{digest}\n{RULE}\nPython 3.11\n")
+    assert compact.main([str(tmp_path)]) == 0 and (tmp_path / "b/round-01.txt").read_text() == text
+    assert capsys.readouterr() == ("", "")
+    assert compact.main([str(tmp_path / "none")]) == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_compact_log_needs_its_source(tmp_path, run):
+    log = write(tmp_path, our_log()) / "round-01.txt"
+    compact.compact(log, tmp_path)
+    [file] = tmp_path.glob("train_gpt-*.py")
+    file.write_text("print(2)\n")
+    code, out, err = run(tmp_path)
+    assert code == 1 and not out and err.startswith(f"{log}: expected its source in {file}, with SHA-256 ")
+    assert err.endswith("; restore that file.\n") and err.count("\n") == 1
+    file.unlink()
+    missing = f"{log}: expected its source in {file}, found no such file; put it there.\n"
+    assert run(tmp_path) == (1, "", missing)
 
 
 def test_the_published_speedruns_figures_come_out(tmp_path, run):
