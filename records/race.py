@@ -32,7 +32,7 @@ from pathlib import Path
 
 from compact import compact
 from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
-                    read_log, read_utf8, report)
+                    read_log, read_race, read_utf8, report)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,7 +255,8 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
         for version in versions:
             (out / version.label).mkdir(parents=True, exist_ok=True)
         described = [describe_version(version, out) for version in versions]
-        (out / "race.json").write_text(json.dumps({"versions": described}, indent=1) + "\n", encoding="utf-8")
+        about = read_race(out) | {"versions": described}
+        (out / "race.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         with console():
             print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}")
         with tqdm(todo, unit="run", disable=None) as progress:

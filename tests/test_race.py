@@ -111,7 +111,10 @@ def test_the_same_command_continues_a_race_and_a_larger_n_adds_rounds(racing):
     racing.run(racing.a, racing.b, "-n", 2)
     assert racing.run(racing.a, racing.b, "-n", 2)[:2] == (0, [])
     (racing.out / "a/round-02.txt").unlink()
+    about = racing.out / "race.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"times_compare": False}))
     assert racing.run(racing.a, racing.b, "-n", 3)[:2] == (0, ["a 1 2", "a 1 3", "b 1 3"])
+    assert json.loads(about.read_text())["times_compare"] is False
 
 
 def test_a_versions_seed_holds_in_all_rounds_and_one_in_the_environment_in_none(racing, monkeypatch):
