@@ -14,12 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-from report import RULE, ReportError, find_logs, names_source
+from report import RULE, SOURCE, ReportError, find_logs
 
 def compact(log: Path, folder: Path) -> None:
     """Put the source of a log into a file in this folder, and its name into the log. Raises OSError."""
     source, rule, rest = log.read_bytes().partition(RULE.encode())
-    if not rule or names_source(source.decode(errors="replace")):
+    if not rule or SOURCE.fullmatch(source.decode(errors="replace")):
         return
     digest = hashlib.sha256(source).hexdigest()
     file = folder / f"train_gpt-{digest[:8]}.py"

@@ -51,7 +51,7 @@ def read_utf8(path: Path) -> str:
 # 100 "="
 
 RULE = "\n" + "=" * 100 + "\n"
-SOURCE = re.compile(r"source: (.+) sha256:([0-9a-f]{64})")
+SOURCE = re.compile(r"source: (.+) sha256:([0-9a-f]{64})")  # in its place, by compact.py
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
 TRAINED = re.compile(r"^step:(\d+)/\d+ train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
@@ -110,13 +110,9 @@ def crossing(before: Validation, after: Validation, target: float) -> Validation
     return Validation(before.step + share * (after.step - before.step), target,
                       before.seconds + share * (after.seconds - before.seconds))
 
-def names_source(head: str) -> re.Match | None:
-    """What compact.py writes in the place of a log's source: the groups are the file and its SHA-256."""
-    return SOURCE.fullmatch(head)
-
 def read_source(log: Path, head: str) -> str:
     """The source of a log that begins with `head`: that, or the file it names. Raises ReportError."""
-    named = names_source(head)
+    named = SOURCE.fullmatch(head)
     if not named:
         return head
     path = log.parent / named[1]
@@ -196,9 +192,12 @@ def has_rule(path: Path) -> bool:
     return RULE in path.read_text(encoding="utf-8", errors="replace")
 
 def read_race(race: Path) -> dict:
-    """What the race.json of this folder says; nothing without this file."""
+    """What the race.json of this folder says; nothing without this file. Raises ReportError."""
     path = race / "race.json"
-    return json.loads(read_utf8(path)) if path.is_file() else {}
+    try:
+        return json.loads(read_utf8(path)) if path.is_file() else {}
+    except ValueError as error:
+        raise ReportError(f"{path}: expected JSON, found {error}; mend it.") from None
 
 def race_labels(race: Path) -> list[str]:
     """Labels of the versions of a race, in the order of its race.json; none without this file."""

@@ -384,6 +384,8 @@ def test_a_race_json_says_that_times_do_not_compare_and_at_which_target(records,
     for paths in [place.parent], [place.parent / "a", "--vs", place.parent / "b"]:
         out = run(*paths)[1]
         assert "faster" not in out and "of the time" not in out and "time, s" not in out
+    place.write_text("{")
+    assert f"{place}: expected JSON, found " in run("--leaderboard")[2]
     place.write_text(json.dumps(about | {"target": 2.25}))
     assert run("--leaderboard")[0] == 0
     rows = [line for line in (records / "README.md").read_text().splitlines() if "_Two): b |" in line]
