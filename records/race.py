@@ -30,8 +30,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from compact import compact
 from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
-                    read_log, read_utf8, report)
+                    read_log, read_race, read_utf8, report)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +212,7 @@ def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     part = log.with_suffix(".part")
     shutil.copyfile(logs[0], part)
     end = read_log(part).end  # raises ReportError if it is not whole
+    compact(part, log.parents[1])
     part.replace(log)
     with console(), progress.external_write_mode():
         print(f"{name}: loss {end.loss:.4f} at step {end.step}, {end.seconds:.2f} s")
@@ -253,7 +255,8 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
         for version in versions:
             (out / version.label).mkdir(parents=True, exist_ok=True)
         described = [describe_version(version, out) for version in versions]
-        (out / "race.json").write_text(json.dumps({"versions": described}, indent=1) + "\n", encoding="utf-8")
+        about = read_race(out) | {"versions": described}
+        (out / "race.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         with console():
             print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}")
         with tqdm(todo, unit="run", disable=None) as progress:

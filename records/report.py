@@ -11,6 +11,7 @@ records/README.md says what a set of logs is and explains the figures.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -30,6 +31,7 @@ except ImportError as error:
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats per token; of the published speedrun, whose logs have no settings
 CLAIM = 0.01  # a claim that the mean loss meets the target needs a p-value below this
+OTHER_LOGS = {".TXT", ".log", ".part"}  # suffixes of logs beside .txt, where the text has a line of 100 "="
 MAY_DIFFER = {"seed", "log_dir", "data_path", "nproc", "checkpoint_every"}  # within one version
 BEGIN, END = "<!-- from here: written by report.py --leaderboard -->", "<!-- to here -->"
 COLUMNS = ["runs", "final loss", "p (mean ≤ target)", "reached", "time, s", "step, ms"]
@@ -45,15 +47,17 @@ def read_utf8(path: Path) -> str:
         raise ReportError(f"{path}: expected a text in UTF-8, found {error}; save it as UTF-8.") from None
 
 # ----------------------------------------------------------------------------------------------------------
-# Logs: source, environment, settings and the lines of the run, with a line of 100 "=" between them
+# Logs: source or the name of its file, environment, settings and the lines of the run; between them a line of
+# 100 "="
 
 RULE = "\n" + "=" * 100 + "\n"
+SOURCE = re.compile(r"source: (.+) sha256:([0-9a-f]{64})")  # in its place, by compact.py
 SETTING = re.compile(r"^ *(\w+): (.*?)(?:  \(overridden\))?$", re.MULTILINE)
-TRAINED = re.compile(r"^step:(\d+)/(\d+) train_time:", re.MULTILINE)
+TRAINED = re.compile(r"^step:(\d+)/\d+ train_time:", re.MULTILINE)
 VALIDATED = re.compile(r"^step:(\d+)/\d+ val_loss:([\d.]+) train_time:(\d+)", re.MULTILINE)
 
 class Validation(NamedTuple):
-    step: int
+    step: float  # whole, but where a target was crossed
     loss: float  # nats per token
     seconds: float  # training time so far
 
@@ -63,35 +67,63 @@ class Run:
     path: Path
     source: str  # without the newlines at its end
     settings: dict[str, str]  # name -> repr of the value; empty in published logs
+    target: float  # at which the run would stop, nats per token; 0 if it had none, as in published logs
     hardware: str
     validations: dict[int, Validation]  # by step
     end: Validation  # at which the run is judged: the last, or that of --step
-    planned: int  # number of steps, if the run does not reach its target before
+    finish: Validation  # whose time counts: where the run crossed its target, else the end
     round: Path | None  # RACE/round-01.txt: the same for all versions of a race; None for other logs
 
 def read_log(path: Path, step: int = 0) -> Run:
     """Read the log of a complete run, judged at the validation after `step`, or at the last if that is 0.
-    Raises OSError, and ReportError if the log is cut or damaged, or its run was stopped or resumed."""
+    Raises OSError, and ReportError if the log is cut or damaged, its run was stopped or resumed, or the file
+    of its source is missing or another."""
     source, *parts = path.read_text(encoding="utf-8", errors="replace").split(RULE)
     if len(parts) not in (2, 3):  # published logs have no settings
         raise ReportError(f"{path}: not a log: expected source, environment, settings and steps with lines "
                           f"of 100 '=' between them, found {len(parts)} such lines.")
+    source = read_source(path, source)
     environment, lines = parts[0], parts[-1]
     settings = dict(SETTING.findall(parts[1])) if len(parts) == 3 else {}
-    trained = [(int(number), int(planned)) for number, planned in TRAINED.findall(lines)]
+    target = float(settings.get("target_loss", 0))
+    trained = [int(number) for number in TRAINED.findall(lines)]
     validations = {int(number): Validation(int(number), float(loss), int(ms) / 1000)
                    for number, loss, ms in VALIDATED.findall(lines)}
     num_steps = len(trained)
-    complete = [number for number, _ in trained] == list(range(1, num_steps + 1)) and num_steps in validations
+    complete = trained == list(range(1, num_steps + 1)) and num_steps in validations
     if not complete or "\npeak memory allocated: " not in lines:
         raise ReportError(f"{path}: not the log of a complete run: expected all steps from 1 on, then a "
                           f"finite validation loss and a line on peak memory, found {num_steps} steps, and "
                           f"at the end {lines[-80:]!r}.")
     if step and step not in validations:
         raise ReportError(f"{path}: expected a validation at step {step}, found none.")
+    end = finish = validations[step or num_steps]
+    if target and not step and len(validations) > 1 and "\ntarget_reached:1 " in lines:
+        finish = crossing(*list(validations.values())[-2:], target)
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
-    return Run(path, source.rstrip("\n"), settings, describe_hardware(environment, lines), validations,
-               validations[step or num_steps], trained[-1][1] if trained else 0, race_round)
+    return Run(path, source.rstrip("\n"), settings, target, describe_hardware(environment, lines),
+               validations, end, finish, race_round)
+
+def crossing(before: Validation, after: Validation, target: float) -> Validation:
+    """Where the straight line between two validations, loss against training time, comes to the target."""
+    share = np.interp(target, [after.loss, before.loss], [1, 0])
+    return Validation(before.step + share * (after.step - before.step), target,
+                      before.seconds + share * (after.seconds - before.seconds))
+
+def read_source(log: Path, head: str) -> str:
+    """The source of a log that begins with `head`: that, or the file it names. Raises ReportError."""
+    named = SOURCE.fullmatch(head)
+    if not named:
+        return head
+    path = log.parent / named[1]
+    if not path.is_file():
+        raise ReportError(f"{log}: expected its source in {path}, found no such file; put it there.")
+    source = path.read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    if digest != named[2]:
+        raise ReportError(f"{log}: expected its source in {path}, with SHA-256 {named[2]}, found {digest}; "
+                          "restore that file.")
+    return source.decode(errors="replace")
 
 def describe_hardware(environment: str, lines: str) -> str:
     """'8 x NVIDIA H100 80GB HBM3'; without a GPU '2 CPUs, 2 threads', or of two processes '2 CPUs, 2 x 1
@@ -114,7 +146,8 @@ class Group:
     label: str
     runs: list[Run]
     hardware: str
-    target: float | None  # nats per token; None if the runs had none (TARGET_LOSS=0)
+    target: float | None  # of --target, of race.json or of the runs [nats per token]; None without any
+    times_compare: bool  # unless race.json says that they do not
 
 def load(paths, step: int = 0, target: float | None = None) -> list[Group]:
     """The sets at these paths: of one path a set per folder of logs, of several paths one set of all logs.
@@ -131,7 +164,8 @@ def find_logs(path: Path) -> list[list[Path]]:
         return [[path]]
     folders = {}  # folder -> its logs
     for folder, files in walk(path, set()):
-        logs = [file for file in files if file.suffix == ".txt" or file.suffix == ".log" and has_rule(file)]
+        logs = [file for file in files
+                if file.suffix == ".txt" or file.suffix in OTHER_LOGS and has_rule(file)]
         if logs:
             folders[folder] = logs
     if len(folders) > 1 and not any(map(has_rule, folders.get(path, []))):
@@ -157,12 +191,17 @@ def has_rule(path: Path) -> bool:
     """Whether a text has a line of 100 "=", as every log has."""
     return RULE in path.read_text(encoding="utf-8", errors="replace")
 
+def read_race(race: Path) -> dict:
+    """What the race.json of this folder says; nothing without this file. Raises ReportError."""
+    path = race / "race.json"
+    try:
+        return json.loads(read_utf8(path)) if path.is_file() else {}
+    except ValueError as error:
+        raise ReportError(f"{path}: expected JSON, found {error}; mend it.") from None
+
 def race_labels(race: Path) -> list[str]:
     """Labels of the versions of a race, in the order of its race.json; none without this file."""
-    path = race / "race.json"
-    if not path.is_file():
-        return []
-    return [version["label"] for version in json.loads(read_utf8(path))["versions"]]
+    return [version["label"] for version in read_race(race).get("versions", [])]
 
 def load_group(logs: list[Path], step: int, target: float | None) -> Group:
     """The set of these logs. Raises OSError, and ReportError if they are not of one version."""
@@ -175,8 +214,11 @@ def load_group(logs: list[Path], step: int, target: float | None) -> Group:
                               f"{run.hardware}), so their times are no set: put --vs between machines.")
         if run.validations in [other.validations for other in runs[:number]]:
             raise ReportError(f"{run.path}: the same run as another log; name it once.")
-    target = target or float(runs[0].settings.get("target_loss", TARGET)) or None
-    return Group(runs[0].path.resolve().parent.name, runs, runs[0].hardware, target)
+    folder = runs[0].path.resolve().parent
+    about = read_race(folder.parent) | read_race(folder)
+    own_target = runs[0].target if runs[0].settings else TARGET
+    target = target or about.get("target") or own_target or None
+    return Group(folder.name, runs, runs[0].hardware, target, about.get("times_compare", True))
 
 def differences(one, other, may_differ: set[str]) -> str:
     """'mlp_dim (512, 384), source': where the settings and source of two runs or versions differ."""
@@ -192,9 +234,13 @@ def differences(one, other, may_differ: set[str]) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # Statistics
 
-def values(runs: list[Run], name: str) -> list[float]:
-    """loss (nats per token) or seconds of each run."""
-    return [getattr(run.end, name) for run in runs]
+def losses_of(runs: list[Run]) -> list[float]:
+    """Nats per token."""
+    return [run.end.loss for run in runs]
+
+def times_of(runs: list[Run]) -> list[float]:
+    """Seconds of training, to the target where a run stopped at one."""
+    return [run.finish.seconds for run in runs]
 
 def interval(new: list[float], old: list[float], paired: bool) -> tuple[float, float]:
     """Mean of new - old, and half its 95 % confidence interval, of pairs or after Welch; nan if too few."""
@@ -211,15 +257,17 @@ def compare(new: Group, old: Group) -> str:
     if pairs:
         new_runs, old_runs = zip(*pairs)
         way = f"paired over {len(pairs)} rounds"
-    loss = interval(values(new_runs, "loss"), values(old_runs, "loss"), bool(pairs))
-    return (f"{way}: {compare_times(new_runs, old_runs, bool(pairs))}; "
-            f"{verdict('loss', loss, 'loss lower', 'loss higher', 4)}")
+    loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs))
+    said = [verdict("loss", loss, "loss lower", "loss higher", 4)]
+    if new.times_compare and old.times_compare:
+        said.insert(0, compare_times(new_runs, old_runs, bool(pairs)))
+    return f"{way}: {'; '.join(said)}"
 
 def compare_times(new: list[Run], old: list[Run], paired: bool) -> str:
     """'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time)'; no verdict between unlike hardware."""
     if new[0].hardware != old[0].hardware:
         return f"times of unlike hardware do not compare ({new[0].hardware}; {old[0].hardware})"
-    new_times, old_times = values(new, "seconds"), values(old, "seconds")
+    new_times, old_times = times_of(new), times_of(old)
     time = interval(new_times, old_times, paired)
     log_ratio, log_half = interval(np.log(new_times), np.log(old_times), paired)  # log of the ratio
     ratio = plus_minus(np.exp(log_ratio), np.exp(log_ratio) * np.sinh(log_half), 4)
@@ -241,24 +289,23 @@ def spread(figures: list[float], digits: int) -> str:
     return plus_minus(np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else np.nan, digits)
 
 def at_fixed_step(group: Group) -> bool:
-    """Whether all runs are judged at one step, which none chose by stopping at its own target."""
-    chose = [run.end.step < run.planned and run.end.loss <= float(run.settings.get("target_loss", 0))
-             for run in group.runs]
-    return len({run.end.step for run in group.runs}) == 1 and not any(chose)
+    """Whether all runs are judged at one step, and had no target at which they would have stopped."""
+    return len({run.end.step for run in group.runs}) == 1 and not any(run.target for run in group.runs)
 
 def p_value(group: Group) -> float:
     """p of the one-sided t-test that the mean loss is below the target; nan without two different losses, and
-    for runs that stopped at their target, whose losses are below it in any case."""
-    losses = values(group.runs, "loss")
+    for runs that would stop at a target, whose last loss is below it by that choice."""
+    losses = losses_of(group.runs)
     if len(set(losses)) < 2 or group.target is None or not at_fixed_step(group):
         return np.nan
     return stats.ttest_1samp(losses, group.target, alternative="less").pvalue
 
 def reached(group: Group) -> str:
     """How many runs came to the target, and the step: '10 of 10, at step 90 to 100', '0 of 3'."""
-    steps = []  # of each run's first validation at or below the target
+    steps = []  # where each run crossed its own target, or its first validation at or below another
     for run in group.runs:
-        steps += [point.step for point in run.validations.values() if point.loss <= group.target][:1]
+        points = sorted([*run.validations.values(), run.finish])
+        steps += [round(point.step) for point in points if point.loss <= group.target][:1]
     if not steps:
         return f"0 of {len(group.runs)}"
     first_and_last = sorted({min(steps), max(steps)})
@@ -270,24 +317,27 @@ def reached(group: Group) -> str:
 def cells(group: Group) -> list[str]:
     """The cells under COLUMNS; ± is the standard deviation over runs."""
     p = p_value(group)
+    times = ["-", "-"]
+    if group.times_compare:
+        times = [spread(times_of(group.runs), 2),
+                 spread([1000 * run.end.seconds / max(run.end.step, 1) for run in group.runs], 1)]
     return [str(len(group.runs)),
-            spread(values(group.runs, "loss"), 4),
+            spread(losses_of(group.runs), 4),
             "-" if np.isnan(p) else f"{p:.2g} ({group.target:g})",
             reached(group) if group.target else "-",
-            spread(values(group.runs, "seconds"), 2),
-            spread([1000 * run.end.seconds / max(run.end.step, 1) for run in group.runs], 1)]
+            *times]
 
 def report(groups: list[Group]) -> None:
     """Print each set, whether it meets its target, and how it differs from the first."""
     for group in groups:
         print(f"{group.label}, {group.hardware}")
         for run in group.runs:
+            crossed = f"; at its target in {run.finish.seconds:.2f} s" if run.finish != run.end else ""
             print(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.end.loss:.4f} at step "
-                  f"{run.end.step}, {run.end.seconds:.2f} s")
+                  f"{run.end.step}, {run.end.seconds:.2f} s{crossed}")
         print(" ", "; ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, cells(group)) if cell != "-"))
         if group.target and not at_fixed_step(group):
-            print("  no claim on the mean loss: expected runs judged at one step that no target chose; race "
-                  "with TARGET_LOSS=0, or name an earlier --step")
+            print("  no claim on the mean loss: expected runs to one step, with TARGET_LOSS=0")
         elif group.target:
             met = "meets" if p_value(group) < CLAIM else "is not shown to meet"
             print(f"  the mean loss {met} the target {group.target:g} with p < {CLAIM}")
@@ -313,13 +363,17 @@ def draw(groups: list[Group], path: str) -> None:
     figure.savefig(path, dpi=130)
 
 def leaderboard(check: bool) -> None:
-    """Write the records' tables, and that of all sets with a target. Raises ReportError."""
+    """Write the records' tables, and that of all sets with a target. Where times do not compare, a record's
+    table is in the order of losses. Raises ReportError."""
     board = [["date", "what changed", "hardware", *COLUMNS]]
     for page in sorted(RECORDS.glob("????-??-??_*/README.md"), reverse=True):  # others are no records yet
         record, groups = page.parent, load([page.parent])
         title = read_utf8(page).partition("\n")[0].lstrip("# ")
         rounds = {f"round-{n:02}.txt" for n in range(1, 1 + max(len(group.runs) for group in groups))}
-        table = [["version", *COLUMNS, f"against {groups[0].label}"]]
+        first = groups[0]
+        table = [["version", *COLUMNS, f"against {first.label}"]]
+        if not first.times_compare:
+            groups.sort(key=lambda group: np.mean(losses_of(group.runs)))
         for group in groups:
             missing = rounds - {run.path.name for run in group.runs}
             if group.runs[0].round and missing:
@@ -327,10 +381,15 @@ def leaderboard(check: bool) -> None:
             link = f"[{title}]({record.name})" + f": {group.label}" * (len(groups) > 1)
             if group.target:
                 board.append([record.name[:10], link, group.hardware, *cells(group)])
-            against = "-" if group is groups[0] else compare(group, groups[0])
+            against = "-" if group is first else compare(group, first)
             table.append([group.label, *cells(group), against])
-        write_table(page, table, check)
+        write_table(page, without_empty_columns(table), check)
     write_table(RECORDS / "README.md", board, check)
+
+def without_empty_columns(table: list[list[str]]) -> list[list[str]]:
+    """A table without the columns that have "-" in each row below the first."""
+    columns = [column for column in zip(*table) if set(column[1:]) != {"-"}]
+    return [list(row) for row in zip(*columns)]
 
 def write_table(page: Path, rows: list[list[str]], check: bool) -> None:
     """Write rows as the table between BEGIN and END, if the page has these; check: only compare them."""

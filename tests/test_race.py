@@ -102,13 +102,19 @@ def test_versions_run_in_turn_with_the_rounds_seed_and_are_compared_with_the_fir
     assert out.startswith(f"3 versions, 2 rounds: 6 runs to do, logs in {racing.out}\n")
     assert "b against a, paired over 2 rounds: " in out and "a_WIDTH=2 against a, paired over 2 " in out
     assert not list(racing.folder.glob("race-*"))
+    head = (racing.out / "a_WIDTH=2/round-02.txt").read_text().partition("\n")[0]
+    source = racing.out / head.split()[1].removeprefix("../")
+    assert source.read_text() == Path(racing.a).read_text() and len(list(racing.out.glob("*.py"))) == 2
 
 
 def test_the_same_command_continues_a_race_and_a_larger_n_adds_rounds(racing):
     racing.run(racing.a, racing.b, "-n", 2)
     assert racing.run(racing.a, racing.b, "-n", 2)[:2] == (0, [])
     (racing.out / "a/round-02.txt").unlink()
+    about = racing.out / "race.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"times_compare": False}))
     assert racing.run(racing.a, racing.b, "-n", 3)[:2] == (0, ["a 1 2", "a 1 3", "b 1 3"])
+    assert json.loads(about.read_text())["times_compare"] is False
 
 
 def test_a_versions_seed_holds_in_all_rounds_and_one_in_the_environment_in_none(racing, monkeypatch):

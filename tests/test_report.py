@@ -1,16 +1,20 @@
 """report.py: logs good and bad, sets that must not mix, what the statistics say, plots and tables."""
 
+import hashlib
 import io
+import json
 import math
 import re
 import statistics
 import sys
+from functools import partial
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 
+import compact  # noqa: E402
 import report  # noqa: E402
 
 RULE = "=" * 100
@@ -19,7 +23,7 @@ SMI = """|   0  NVIDIA H100 80GB HBM3          On  |   00000000:61:00.0 Off |   
 
 
 def our_log(loss=1.6, ms=100.0, source="print(1)\n", target=1.7, steps=4, **settings):
-    """A log of ours: 4 steps of `ms` each, validations at steps 0, 2 and 4."""
+    """A log of ours: 4 steps of `ms` each, validations at steps 0, 2 and 4, whose losses fall by 2."""
     settings = {"seed": 0, "target_loss": target, "log_dir": "'logs'"} | settings
     lines = [source, RULE, "Python 3.11", "platform: Linux, 2 CPUs, 2 threads", RULE]
     lines += [f"{name}: {value}{'  (overridden)' * (name == 'seed')}" for name, value in settings.items()]
@@ -28,7 +32,8 @@ def our_log(loss=1.6, ms=100.0, source="print(1)\n", target=1.7, steps=4, **sett
         times = f"train_time:{ms * step:.0f}ms step_avg:{ms:.2f}ms"
         lines += [f"step:{step}/{steps} {times} train_loss:4.0"] * (step > 0)
         lines += [f"step:{step}/{steps} val_loss:{loss + 4 - step:.4f} {times}"] * (step % 2 == 0)
-    lines.append(f"target_reached:1 target_loss:{target} val_loss:{loss:.4f} final_step:4 {times}")
+    reached = f"target_reached:{int(loss <= target)} target_loss:{target}"
+    lines.append(f"{reached} val_loss:{loss:.4f} final_step:4 {times}")
     return "\n".join([*lines, "peak memory allocated: 7 MiB reserved: 9 MiB", ""])
 
 
@@ -58,8 +63,42 @@ def run(capsys):
 def test_a_log_of_ours_is_read_as_it_stands(tmp_path):
     log = report.read_log(write(tmp_path, our_log(source="a = 1\n\nb = 2\n", seed=3)) / "round-01.txt")
     assert log.source == "a = 1\n\nb = 2" and log.settings["seed"] == "3"
-    assert log.end == report.Validation(step=4, loss=1.6, seconds=0.4)
+    assert log.end == report.Validation(step=4, loss=1.6, seconds=0.4) and log.target == 1.7
     assert list(log.validations) == [0, 2, 4] and log.hardware == "2 CPUs, 2 threads"
+
+
+def test_a_compact_log_says_what_it_said_before(tmp_path, capsys):
+    """One file holds the source of all logs that had it; compacting again changes nothing."""
+    sources = "a = 1\n\nb = 2\n", "c = 3\n"
+    for label, source in zip("abc", (*sources, sources[0])):
+        write(tmp_path / label, our_log(source=source), our_log(1.5, source=source))
+    write(tmp_path / "d", published_log())
+    write(tmp_path, "shopping list\n", name="note.txt")
+    logs = sorted(tmp_path.glob("*/*.txt"))
+    before = [report.read_log(log) for log in logs]
+    assert compact.main([str(tmp_path)]) == 0
+    assert [report.read_log(log) for log in logs] == before
+    files = [file.read_text() for file in tmp_path.glob("train_gpt-*.py")]
+    assert len(files) == 3 and set(sources) < set(files)
+    digest = hashlib.sha256(sources[1].encode()).hexdigest()
+    text = (tmp_path / "b/round-01.txt").read_text()
+    assert text.startswith(f"source: ../train_gpt-{digest[:8]}.py sha256:{digest}\n{RULE}\nPython 3.11\n")
+    assert compact.main([str(tmp_path)]) == 0 and (tmp_path / "b/round-01.txt").read_text() == text
+    assert capsys.readouterr() == ("", "")
+    assert compact.main([str(tmp_path / "none")]) == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_compact_log_needs_its_source(tmp_path, run):
+    log = write(tmp_path, our_log()) / "round-01.txt"
+    compact.compact(log, tmp_path)
+    [file] = tmp_path.glob("train_gpt-*.py")
+    file.write_text("print(2)\n")
+    code, out, err = run(tmp_path)
+    assert code == 1 and not out and err.startswith(f"{log}: expected its source in {file}, with SHA-256 ")
+    assert err.endswith("; restore that file.\n") and err.count("\n") == 1
+    file.unlink()
+    missing = f"{log}: expected its source in {file}, found no such file; put it there.\n"
+    assert run(tmp_path) == (1, "", missing)
 
 
 def test_the_published_speedruns_figures_come_out(tmp_path, run):
@@ -88,10 +127,22 @@ def test_all_logs_of_a_folder_are_read_or_named(race, run):
     assert code == 1 and not out and "later/1.txt differ in" in err
     (race / "b").rename(race.parent / "b")
     (race / "b").mkdir()
-    (race / "b/round-01.part").write_text(GOOD)
+    (race / "b/round-01.md").write_text(GOOD)
     found_none = f"{race / 'b'}: expected logs (*.txt) of one version, found none.\n"
     assert run(race) == (1, "", found_none)
     assert run(race / "a/later", race / "b") == (1, "", found_none)
+
+
+@pytest.mark.parametrize("name", ["a/later/1.txt", "unlisted/1.log", "1.TXT", "a/round-04.part"])
+def test_no_log_is_left_out_whatever_its_name_and_place(race, run, name):
+    """Beside the versions, below them, in a folder that race.json does not list: it is read, or refused."""
+    (race / name).parent.mkdir(exist_ok=True)
+    (race / name).write_text(GOOD.partition("peak")[0])
+    code, out, err = run(race)
+    assert code == 1 and not out and err.startswith(f"{race / name}: not the log of a complete run: ")
+    (race / name).write_text(our_log(1.9, target=0.0, mlp_dim=9))
+    code, out, err = run(race)
+    assert code == 0 and "loss 1.9000 at step 4" in out
 
 
 def test_other_texts_beside_the_versions_are_no_logs(race, run):
@@ -162,18 +213,33 @@ def test_a_race_is_paired_by_round_and_gives_differences_and_a_ratio(race, run):
         f"no clear difference in loss: +0.0200 ± {t * 0.01 / 3**0.5:.4f}")
 
 
-def test_times_of_unlike_hardware_have_no_verdict(race, run):
+def on_gpus(count, log):
+    """A log of ours as from a machine with GPUs, of which a run used this many."""
+    log = log.replace("platform:", f"{SMI}\nplatform:").replace("1 rank x", f"{count} ranks x")
+    return log.replace("device: cpu, no CUDA GPU is here", "device: cuda (a CUDA GPU is here)")
+
+
+def on_many_cpus(log):
+    return log.replace("2 CPUs, 2 threads", "64 CPUs, 32 threads")
+
+
+@pytest.mark.parametrize("machine_of_a, machine_of_b, there, here", [
+    (on_many_cpus, str, "64 CPUs, 32 threads", "2 CPUs, 2 threads"),
+    (partial(on_gpus, 8), partial(on_gpus, 1), "8 x NVIDIA H100 80GB HBM3", "1 x NVIDIA H100 80GB HBM3"),
+])
+def test_times_of_unlike_hardware_have_no_verdict(race, run, machine_of_a, machine_of_b, there, here):
     """The losses have; and one set is of one machine."""
-    for log in (race / "a").iterdir():
-        log.write_text(log.read_text().replace("2 CPUs, 2 threads", "64 CPUs, 32 threads"))
+    for version, machine in ("a", machine_of_a), ("b", machine_of_b):
+        for log in (race / version).iterdir():
+            log.write_text(machine(log.read_text()))
     code, out, _ = run(race)
     assert code == 0 and out.splitlines()[-1].startswith(
-        "a against b, paired over 3 rounds: times of unlike hardware do not compare (64 CPUs, 32 threads; "
-        "2 CPUs, 2 threads); no clear difference in loss: +0.0200 ±")
-    write(race / "a", our_log(1.3, mlp_dim=9, target=0.0), name="x.txt")
+        f"a against b, paired over 3 rounds: times of unlike hardware do not compare ({there}; {here}); "
+        "no clear difference in loss: +0.0200 ±")
+    write(race / "a", machine_of_b(our_log(1.3, mlp_dim=9, target=0.0)), name="x.txt")
     code, out, err = run(race / "a")
     assert code == 1 and not out and err.count("\n") == 1
-    assert "a/x.txt differ in hardware (64 CPUs, 32 threads; 2 CPUs, 2 threads), so" in err
+    assert f"a/x.txt differ in hardware ({there}; {here}), so" in err
 
 
 TESLA = SMI.replace("NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB ")
@@ -206,25 +272,40 @@ def test_losses_are_compared_at_a_step(race, run):
 
 
 def test_runs_that_reach_a_target_are_counted(tmp_path, run):
-    write(tmp_path, our_log(1.6), our_log(1.75))
-    out = run(tmp_path)[1]
+    write(tmp_path, our_log(1.6, target=0.0), our_log(1.75, target=0.0))
+    out = run(tmp_path, "--target", 1.7)[1]
     assert "reached: 1 of 2, at step 4;" in out and "loss is not shown to meet the target 1.7" in out
     assert "reached: 2 of 2, at step 2 to 4;" in run(tmp_path, "--target", 3.7)[1]
-    write(tmp_path, our_log(1.6, ms=90), our_log(1.6, ms=91))  # equal losses: one seed, perhaps
-    out = run(tmp_path)[1]
+    write(tmp_path, our_log(1.6, 90, target=0.0), our_log(1.6, 91, target=0.0))  # one seed, perhaps
+    out = run(tmp_path, "--target", 1.7)[1]
     assert "p (mean" not in out and "loss is not shown to meet" in out
 
 
-def test_there_is_no_p_of_runs_that_stopped_at_their_target(tmp_path, run):
-    """Nor of runs that are judged at different steps."""
-    early = write(tmp_path / "early", our_log(1.6, steps=9), our_log(1.65, steps=9))
-    code, out, _ = run(early)
-    assert code == 0 and "p (mean" not in out and "reached: 2 of 2, at step 4;" in out
-    assert "  no claim on the mean loss: " in out and "is not shown" not in out
-    assert "p (mean ≤ target): 0.1 (3.7); " in run(early, "--step", 2, "--target", 3.7)[1]
-    last = write(tmp_path / "last", our_log(1.6), our_log(1.65))  # it is the last planned step
-    assert "p (mean ≤ target): 0.1 (1.7); " in run(last)[1]
-    fixed = write(tmp_path / "fixed", *(our_log(x, steps=9, target=0.0) for x in (1.6, 1.65)))
+def test_the_time_to_a_target_is_where_a_line_between_the_last_validations_crosses_it(tmp_path, run):
+    log = write(tmp_path / "a", our_log(1.2, target=1.7)) / "round-01.txt"
+    assert report.read_log(log).finish == pytest.approx((3.5, 1.7, 0.35))  # from 3.2 at step 2
+    out = run(tmp_path / "a")[1]
+    assert "loss 1.2000 at step 4, 0.40 s; at its target in 0.35 s\n" in out
+    assert "reached: 1 of 1, at step 4; time, s: 0.35; step, ms: 100.0\n" in out
+    assert "time, s: 0.20;" in run(tmp_path / "a", "--step", 2)[1]
+    missed = report.read_log(write(tmp_path, our_log(1.75)) / "round-01.txt")
+    untargeted = report.read_log(write(tmp_path, our_log(target=0.0)) / "round-01.txt")
+    once = re.sub("step:[02]/4 val_loss.*\n", "", our_log())
+    for at_the_end in missed, untargeted, report.read_log(write(tmp_path, once) / "round-01.txt"):
+        assert at_the_end.finish == at_the_end.end
+    write(tmp_path / "b", our_log(1.2, ms=200, target=1.7))
+    out = run(tmp_path / "a", "--vs", tmp_path / "b")[1]
+    assert "too few runs to judge time: -0.35 s (0.5000 of the time)" in out
+
+
+def test_there_is_p_only_of_runs_to_one_step_whatever_their_losses(tmp_path, run):
+    """Not of runs that stop at their target, also if it is in the last planned step, nor at unlike steps."""
+    for steps in (4, 9):
+        stopped = write(tmp_path / "stopped", our_log(1.6, steps=steps), our_log(1.65, steps=steps))
+        code, out, _ = run(stopped)
+        assert code == 0 and "p (mean" not in out and "reached: 2 of 2, at step 4;" in out
+        assert "  no claim on the mean loss: " in out and "is not shown" not in out
+    fixed = write(tmp_path / "fixed", *(our_log(x, target=0.0) for x in (1.6, 1.65)))
     assert "p (mean ≤ target): 0.1 (1.7); " in run(fixed, "--target", 1.7)[1]
     group = report.load([fixed], target=1.7)[0]
     group.runs[0].end = group.runs[0].validations[2]
@@ -277,8 +358,10 @@ def test_the_tables_are_what_the_logs_give_and_the_leaderboard_has_what_had_a_ta
     rows = [line for line in text.splitlines() if line.startswith("| 2026")]
     assert text.startswith("# Wider") and text.endswith("\n\nafter\n")
     assert rows == ["| 2026-01-02 | [One run](2026-01-02_One) | 2 CPUs, 2 threads | 2 | 1.5500 ± 0.0707 | "
-                    "0.1 (1.7) | 2 of 2, at step 4 | 0.40 ± 0.00 | 100.0 ± 0.0 |"]
-    assert re.search(r"\| a \| 3 \|.*: faster by 0\.22", (records / "2026-02-03_Two/README.md").read_text())
+                    "- | 2 of 2, at step 4 | 0.39 ± 0.01 | 100.0 ± 0.0 |"]
+    table = (records / "2026-02-03_Two/README.md").read_text()
+    assert "| version | runs | final loss | time, s | step, ms | against b |\n" in table
+    assert re.search(r"\| a \| 3 \|.*: faster by 0\.22", table)
     assert run("--leaderboard", "--check")[0] == 0
     for page in ("README.md", "2026-02-03_Two/README.md"):
         path = records / page
@@ -286,6 +369,27 @@ def test_the_tables_are_what_the_logs_give_and_the_leaderboard_has_what_had_a_ta
         path.write_text(text.replace("| 1.5", "| 1.4"))
         assert f"{path}: its table is not what" in run("--leaderboard", "--check")[2]
         path.write_text(text)
+
+
+def test_a_race_json_says_that_times_do_not_compare_and_at_which_target(records, run):
+    place = records / "2026-02-03_Two/race.json"
+    about = json.loads(place.read_text())
+    place.write_text(json.dumps(about | {"times_compare": False}))
+    write(place.parent / "b", *(our_log(x, target=0.0) for x in (2.1, 2.2, 2.3)))
+    assert run("--leaderboard")[0] == 0
+    header, _, first, second = re.findall(r"\|.*\|", (place.parent / "README.md").read_text())
+    assert header == "| version | runs | final loss | against b |"
+    assert second == "| b | 3 | 2.2000 ± 0.1000 | - |"
+    assert re.fullmatch(r"\| a \| 3 \| .* \| paired over 3 rounds: loss lower by 0\.\d+ ± 0\.\d+ \|", first)
+    for paths in [place.parent], [place.parent / "a", "--vs", place.parent / "b"]:
+        out = run(*paths)[1]
+        assert "faster" not in out and "of the time" not in out and "time, s" not in out
+    place.write_text("{")
+    assert f"{place}: expected JSON, found " in run("--leaderboard")[2]
+    place.write_text(json.dumps(about | {"target": 2.25}))
+    assert run("--leaderboard")[0] == 0
+    rows = [line for line in (records / "README.md").read_text().splitlines() if "_Two): b |" in line]
+    assert len(rows) == 1 and "| 0.24 (2.25) | 2 of 3, at step 4 |" in rows[0]
 
 
 def test_a_record_has_every_round(records, run):

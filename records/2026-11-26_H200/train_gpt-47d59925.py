@@ -2,18 +2,20 @@
 Train a GPT-2-sized model on FineWeb to a validation loss of 3.28, in the least wall-clock time on 8 H100s.
 
     ./run.sh                      # picks preset, device and processes for this machine
-    NUM_ITERATIONS=200 ./run.sh   # any setting, from the environment; --help lists them, --dry-run checks
+    NUM_ITERATIONS=200 ./run.sh   # any setting is an environment variable; --help lists them
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # the race: 8 H100 GPUs of one node
 
 The race: 1705 steps of 393,216 tokens; the mean cross-entropy over the first 10,485,760 tokens of the
-validation shard must be at most 3.28 nats. Compilation, warm-up and validation are not timed. It starts from
-record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); who had which idea is said where
-it is used. Without a GPU, PRESET=demo runs the same race in small: the same twelve blocks, 128 wide, on the
-source code of Python's standard library. Measured: the demo only (records/); no GPU has run this version yet.
+validation shard must be at most 3.28 nats. Compilation, warm-up and validation are not timed. The code
+starts from record 30 of github.com/KellerJordan/modded-nanogpt (September 2025, 163 s); each idea's authors
+are named where it is used. Without a GPU, PRESET=demo runs a small version of the race: the same twelve
+blocks, 128 wide, on the source code of Python's standard library, with later ideas that made it faster.
+PRESET=frontier is the race with those ideas. Only the demo has been measured (records/); no GPU has run this
+version yet.
 
 Tensor layouts: T tokens of a packed sequence, D model width, H heads, K channels of a head, V padded
-vocabulary, N bands of W tokens (plain attention). A microbatch is one packed sequence: documents or their
-beginnings, end to end; cu_seqlens holds where each begins.
+vocabulary, N bands of W tokens (plain attention), S document starts. A microbatch is one packed sequence:
+whole or cut documents, one after the other; cu_seqlens holds where each begins.
 """
 
 import argparse
@@ -35,7 +37,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -45,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.adam import adam
 from tqdm import tqdm
 
 try:
@@ -61,27 +64,27 @@ HERE = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """A mistake that the user can correct: printed as one sentence for each problem, without a traceback.
-    exit_code: 2 for settings, 1 for everything else. rank: set if only this rank has found the error."""
+    exit_code: 2 for settings, 1 for everything else. rank: the rank to name, if only one found the error."""
     def __init__(self, *problems: str, exit_code: int = 1, rank: int | None = None):
         super().__init__("\n".join(problems))
         self.exit_code, self.rank = exit_code, rank
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings; the defaults are the speedrun's. NAME in the environment overrides `name`."""
+    """All settings; the defaults are the speedrun's. The environment variable NAME sets field `name`."""
 
     # where it runs
     device: str = "auto"  # auto, cuda or cpu; auto takes CUDA if there is a GPU
-    nproc: int = 0  # [processes] for run.sh to start; 0: one for each GPU, or as many as can share the batch
+    nproc: int = 0  # [processes] for run.sh to start; 0: one per GPU, or fewer if they cannot share the batch
     dtype: str = "bfloat16"  # bfloat16 or float32: activations, embedding tables, Newton-Schulz
     fp8_head: bool = True  # [0 or 1] train the head in float8 if the GPU can and DTYPE is bfloat16
     torch_compile: bool = True  # [0 or 1] compile the blocks with torch.compile (needs a C++ compiler)
-    seed: int = 0  # of the initial weights
-    data_path: str = ""  # [folder] where the next two patterns start; empty: beside train_gpt.py
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, by name
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, by name
+    seed: int = 0  # seed of the initial weights
+    data_path: str = ""  # [folder] in which the next two patterns start; empty: the script's
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, in name order
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, likewise
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; two stay; 0: never
+    checkpoint_every: int = 0  # [steps] save every so many steps and at the end; keep two; 0: never
     resume: str = ""  # checkpoint to continue from; auto: the newest of this race in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
@@ -90,65 +93,80 @@ class Settings:
     val_tokens: int = 10_485_760  # [tokens] to validate on, from the start of the validation shards
     val_slice_tokens: int = 262_144  # [tokens] of one forward pass in validation; less needs less memory
     warmup_steps: int = 30  # [steps] untimed and then undone; at least one for each window size; 0: none
-    sample_tokens: int = 0  # [tokens] of text that a model of bytes writes at the end of its run
+    sample_tokens: int = 0  # [tokens] to write after an unseen text when the run ends (models of bytes only)
     # a training step's batch
-    batch_tokens: int = 393_216  # [tokens] of a step, over all ranks
-    microbatches: int = 8  # packed sequences of a step, over all ranks; more need less GPU memory
-    max_seq_len: int = 2048  # [tokens] longest piece taken of one document; the rest is dropped
-    epochs: int = 1  # [passes] most passes over the training shards
+    batch_tokens: int = 393_216  # [tokens] per step, over all ranks
+    microbatches: int = 8  # packed sequences per step, over all ranks; raise it to save GPU memory
+    max_seq_len: int = 2048  # [tokens] most tokens used of one document; the rest is dropped
+    epochs: int = 1  # [passes] maximum number of passes over the training shards
     # the model
     vocab_size: int = 50_257  # [ids] that may occur in the data
     vocab_multiple: int = 128  # [ids] the vocabulary is padded to a multiple of this
     bos_id: int = 50_256  # [id] of the token that opens every document
-    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # a word a block: A attention, M MLP; A+M: side by side
-    value_embeds: str = "012......012"  # a character a block: the number of its value embedding, or a dot
-    window_pattern: str = "LSSSLSSLSSSL"  # a character a block: L long attention window, S short
-    window_schedule: str = "3,7,11"  # [WINDOW_BLOCK] long windows, for a share of the run each; short: half
+    layout: str = "A AM AM AM AM AM AM M AM AM AM AM"  # one word per block: A attention, M MLP; A+M: parallel
+    value_embeds: str = "012......012"  # one character per block: the number of its value embedding, or a dot
+    window_pattern: str = "LSSSLSSLSSSL"  # one character per block: L long attention window, S short
+    window_schedule: str = "3,7,11"  # [WINDOW_BLOCK] long windows, each for an equal part; short: half
     window_block: int = 128  # [tokens] unit of WINDOW_SCHEDULE
     model_dim: int = 768  # [channels] D
     num_heads: int = 6  # [heads] H
     mlp_dim: int = 3072  # [channels] of an MLP's hidden layer
-    attn_scale: float = 0.12  # factor of q.k before the softmax
-    gate_channels: int = 12  # [channels] of a block's input that gate its attention heads; 0: no gate
+    attn_scale: float = 0.12  # factor of q.k in the softmax
+    gate_channels: int = 12  # [channels] of a block's input that its attention gates read; 0: no gates
+    ngram_rows: int = 0  # [rows] of the n-gram table, found by a hash of the last tokens; 0: no table
+    ngram_dim: int = 64  # [channels] of the n-gram table, added to the embedding's first channels
+    ngram_max: int = 2  # [tokens] of the longest n-gram; the last 2, 3, ... tokens have a row each
+    key_offset: bool = False  # [0 or 1] long windows: keys' non-rotary channels are of the token before
+    equal_qk_start: bool = False  # [0 or 1] initialise queries and keys as equal in the non-rotary channels
     # the optimizers
     muon_lr: float = 0.05  # Muon's learning rate, for the blocks' matrices
     muon_momentum_start: float = 0.85  # Muon's momentum at step 0
     muon_momentum_end: float = 0.95  # Muon's momentum after MUON_MOMENTUM_STEPS
     muon_momentum_steps: int = 300  # [steps] of a linear change from the first to the second
-    adam_lr: float = 0.008  # Adam's learning rate, for all else, before the multiples below
+    adam_lr: float = 0.008  # Adam's learning rate, for all other parameters, before the multiples below
     adam_beta1: float = 0.8  # decay of the first moment
     adam_beta2: float = 0.95  # decay of the second moment
     adam_eps: float = 1e-10  # added to the root of the second moment
-    embed_lr_mult: float = 75.0  # [x ADAM_LR] for the embedding and the value embeddings
+    embed_lr_mult: float = 75.0  # [x ADAM_LR] for the embedding, the value embeddings and the n-gram table
     head_lr_mult: float = 1.0  # [x ADAM_LR] for the head
     scalar_lr_mult: float = 5.0  # [x ADAM_LR] for the blocks' scalars
     cooldown_frac: float = 0.45  # [of the run] last part, in which the learning rates fall linearly
-    final_lr_frac: float = 0.1  # [of the rate] what the learning rates fall to
+    final_lr_frac: float = 0.1  # [of the learning rate] where the fall ends
 
     padded_vocab = property(lambda s: round_up(s.vocab_size, s.vocab_multiple))  # V: rows of tables and head
     torch_dtype = property(lambda s: getattr(torch, s.dtype))
 
     def num_microbatches(self, world_size: int) -> int:
-        """Packed sequences of a step; if there are more ranks, each takes one shorter sequence."""
+        """Microbatches per step: MICROBATCHES, or one per rank if there are more ranks."""
         return max(self.microbatches, world_size)
 
 # The demo: the same blocks, narrow, on the standard library of the Python that runs this. Bytes are the ids
-# 0-255, and 256 is BOS. The folder bears Python's version, since other versions have other texts.
+# 0-255, and 256 is BOS. The folder's name has Python's version, since other versions have other texts.
 DEMO_DATA = f"data/stdlib-{platform.python_version()}"
 PRESETS = {
     "speedrun": {},
     "demo": dict(
         dtype="float32", torch_compile=False,
         train_files=f"{DEMO_DATA}/stdlib_train_*.bin", val_files=f"{DEMO_DATA}/stdlib_val_*.bin",
-        num_iterations=108, target_loss=1.50, val_loss_every=10, val_tokens=49_152, val_slice_tokens=8192,
-        warmup_steps=3, sample_tokens=200, batch_tokens=5120, vocab_size=257, vocab_multiple=8, bos_id=256,
-        model_dim=128, num_heads=2, mlp_dim=256, window_block=16,
-        muon_lr=0.1, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
-        adam_lr=0.016, embed_lr_mult=15.0, scalar_lr_mult=2.0,
+        num_iterations=44, target_loss=1.50, val_loss_every=11, val_tokens=49_152, val_slice_tokens=8192,
+        warmup_steps=3, sample_tokens=200, batch_tokens=1280, microbatches=2,
+        vocab_size=257, vocab_multiple=8, bos_id=256, model_dim=128, num_heads=2, mlp_dim=256,
+        window_schedule="11,11,20", window_block=16,
+        gate_channels=0, ngram_rows=65_536, ngram_max=5, key_offset=True, equal_qk_start=True,
+        muon_lr=0.06, muon_momentum_start=0.7, muon_momentum_end=0.85, muon_momentum_steps=50,
+        adam_lr=0.014, adam_beta1=0.7, embed_lr_mult=15.0, scalar_lr_mult=2.0,
+    ),
+    # The speedrun with changes that won in the demo, at the sizes of later records; never run on a GPU
+    "frontier": dict(
+        num_iterations=2420, batch_tokens=262_144, adam_beta1=0.7,  # record 39
+        ngram_rows=251_520, ngram_dim=768,  # record 62
+        key_offset=True,  # record 49
+        equal_qk_start=True,  # no published record
     ),
 }
 POSITIVE = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
-            "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim"}
+            "epochs", "vocab_size", "vocab_multiple", "window_block", "model_dim", "num_heads", "mlp_dim",
+            "ngram_dim"}
 PARSERS = {int: (int, "a whole number of at least {}"), float: (float, "a number of at least {}"),
            bool: ({"0": False, "1": True}.__getitem__, "0 or 1"), str: (str, "text")}
 
@@ -157,30 +175,30 @@ def round_up(n: int, multiple: int) -> int:
 
 class Block(NamedTuple):
     """One block of the network."""
-    stages: list[str]  # in order: "A", "M", or parts that read one input side by side, such as "A+M"
-    table: int | None  # number of its value embedding
+    sublayers: list[str]  # in order: "A", "M", or parallel parts with one input, such as "A+M"
+    value_embed: int | None  # number of its value embedding
     long_window: bool
 
 def parse_layout(s: Settings) -> list[Block]:
     """The network's blocks, from the three layout strings (no MLP in block 0: @EmelyanenkoK, PR 120)."""
     blocks = []
-    for word, table, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
-        stages = re.findall(r"[AM](?:\+[AM])*", word)
-        blocks.append(Block(stages, None if table == "." else int(table), window == "L"))
+    for word, value_embed, window in zip(s.layout.split(), s.value_embeds, s.window_pattern):
+        sublayers = re.findall(r"[AM](?:\+[AM])*", word)
+        blocks.append(Block(sublayers, None if value_embed == "." else int(value_embed), window == "L"))
     return blocks
 
 def world_size_problem(s: Settings, world_size: int) -> str:
-    """Why so many ranks cannot share a step, or ''."""
-    parts = s.num_microbatches(world_size)
-    if parts % world_size == s.batch_tokens % (16 * parts) == s.padded_vocab % world_size == 0:
+    """Why `world_size` ranks cannot share a step, or ''."""
+    count = s.num_microbatches(world_size)
+    if count % world_size == s.batch_tokens % (16 * count) == s.padded_vocab % world_size == 0:
         return ""
-    return (f"NPROC: expected ranks that share {parts} microbatches (equal multiples of 16 of BATCH_TOKENS="
+    return (f"NPROC: expected ranks that share {count} microbatches (equal multiples of 16 of BATCH_TOKENS="
             f"{s.batch_tokens}) and a padded vocabulary of {s.padded_vocab} ids equally, found {world_size}.")
 
 def find_contradictions(s: Settings) -> list[str]:
     """A sentence for every setting that is out of range or does not fit the others."""
     words = s.layout.split()
-    stages = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
+    long_windows = [int(x) if x.isdecimal() else 0 for x in s.window_schedule.split(",")]
     no_attn = [i for i, word in enumerate(words) if "A" not in word and s.value_embeds[i:i + 1].isdecimal()]
     word, each = r"[AM](\+?[AM])*", f"for each of the {len(words)} words of LAYOUT"
     rows = [  # (setting, whether it fits, what is expected)
@@ -191,19 +209,26 @@ def find_contradictions(s: Settings) -> list[str]:
         ("value_embeds", re.fullmatch(f"[0-9.]{{{len(words)}}}", s.value_embeds), f"a digit or a dot {each}"),
         ("value_embeds", not no_attn, f"a dot for the blocks without attention, {no_attn}"),
         ("window_pattern", re.fullmatch(f"[LS]{{{len(words)}}}", s.window_pattern), f"L or S {each}"),
-        ("window_schedule", min(stages) >= 2, "whole numbers of at least 2, separated by commas"),
+        ("window_schedule", min(long_windows) >= 2, "whole numbers of at least 2, separated by commas"),
         ("bos_id", s.bos_id < s.vocab_size, f"an id below VOCAB_SIZE={s.vocab_size}"),
+        ("batch_tokens", s.batch_tokens % (16 * s.microbatches) == 0,
+         f"a multiple of 16 x MICROBATCHES = {16 * s.microbatches}"),
         ("val_tokens", s.val_tokens % s.val_slice_tokens == 0,
          f"a multiple of VAL_SLICE_TOKENS={s.val_slice_tokens}"),
         ("model_dim", s.model_dim % (4 * s.num_heads) == 0,
          f"a multiple of 4 x NUM_HEADS = {4 * s.num_heads} (half of a head's channels rotate, in pairs)"),
         ("gate_channels", s.gate_channels <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("ngram_dim", not s.ngram_rows or s.ngram_dim <= s.model_dim, f"at most MODEL_DIM={s.model_dim}"),
+        ("adam_eps", s.adam_eps > 0, "a number above 0"),
+        ("ngram_max", 2 <= s.ngram_max <= len(HASH_FACTORS), f"2 to {len(HASH_FACTORS)}"),
         *((name, getattr(s, name) < 1, "a number below 1")
           for name in ("muon_momentum_start", "muon_momentum_end", "adam_beta1", "adam_beta2")),
     ]
     found = [f"{name.upper()}: expected {expected}, found {getattr(s, name)!r}."
              for name, fits, expected in rows if not fits]
-    return found + [problem for problem in [world_size_problem(s, s.nproc or 1)] if problem]
+    if s.nproc and (problem := world_size_problem(s, s.nproc)):
+        found.append(problem)
+    return found
 
 def read_settings(environ) -> tuple[Settings, list[str], str]:
     """The settings, the names of those that the environment sets, and a line on the choice of the preset.
@@ -242,86 +267,120 @@ def read_settings(environ) -> tuple[Settings, list[str], str]:
 def choose_preset(environ) -> tuple[str, str]:
     """The preset's name, and a line that says why and how to get the other."""
     if "PRESET" in environ:
-        return environ["PRESET"], f"preset: {environ['PRESET']}, as PRESET says"
+        return environ["PRESET"], f"preset: {environ['PRESET']}, set by PRESET"
     root = Path(environ.get("DATA_PATH") or HERE)
     shards = find_files(root, environ.get("TRAIN_FILES", Settings.train_files))
     missing = ["no CUDA GPU"] * (not torch.cuda.is_available()) + ["no FineWeb shards"] * (not shards)
     if not missing:
-        return "speedrun", "preset: speedrun (a CUDA GPU and FineWeb shards are here); the other: PRESET=demo"
-    return "demo", (f"preset: demo ({' and '.join(missing)} here); the other: PRESET=speedrun, after "
-                    "python data/cached_fineweb10B.py")
+        return "speedrun", "preset: speedrun (a CUDA GPU and FineWeb shards are here); else set PRESET=demo"
+    return "demo", (f"preset: demo ({' and '.join(missing)} here); else set PRESET=speedrun"
+                    + ", after python data/cached_fineweb10B.py" * (not shards))
 
 # ----------------------------------------------------------------------------------------------------------
 # Model
 
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis, without a gain."""
-    return F.rms_norm(x, (x.size(-1),))
+HASH_FACTORS = 36313, 27191, 51787, 70937, 91493  # of an n-gram's newest token, the one before it, ...
 
 def rotary_cos_sin(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, (T, 1, K // 2) float32 each.
+    """cos, (T, 1, 1, K // 2), and sin and -sin, (T, 1, 2, K // 2), of every position's angles, float32.
     Half-truncated RoPE: of the K // 2 pairs, the first half have the frequencies (1/1024)^(j/(n-1)) radians a
     token, j = 0 .. n-1; the others do not rotate (modded-nanogpt, @YouJiacheng)."""
     n = head_dim // 4
     frequencies = torch.cat(((1 / 1024) ** torch.linspace(0, 1, n), torch.zeros(head_dim // 2 - n)))
-    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    angles = torch.outer(torch.arange(num_tokens, dtype=torch.float32), frequencies)[:, None, None]
+    sin = angles.sin()
+    return angles.cos(), torch.cat((sin, -sin), dim=-2)
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) in float32; x: (T, H, K), pairs across K's halves."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
+    """Rotary position embedding (Su et al., 2021); x: (T, H, K), float32; channel j pairs with j + K // 2.
+    With the halves (a, b) of x: (a cos + b sin, b cos - a sin). One formula for both halves, since
+    torch.compile would compute each of two formulas for all channels."""
+    x = x.unflatten(-1, (2, -1))
+    return (x * cos).addcmul_(x.flip(-2), sin).flatten(-2)
 
-# Attention in plain PyTorch: the sequence is cut into N bands as long as the window, W tokens. A query then
-# finds every key that it may see in its own band and the one before: scores take T x 2W, not T x T.
+class Norm(torch.autograd.Function):
+    """RMS norm without a gain, in float32, of x or of x rotated. For the backward pass, keep the result."""
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        x32 = x.float() if cos is None else apply_rotary(x.float(), cos, sin)
+        scale = (x32.square().mean(-1, keepdim=True) + 2**-23).rsqrt()
+        y = (x32 * scale).type_as(x)
+        ctx.save_for_backward(y, scale, cos, sin)
+        return y.view_as(y)  # y itself may have no gradient under torch.compile of PyTorch 2.11
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (y, scale, cos, sin), grad = ctx.saved_tensors, grad.float()
+        along = (grad * y).mean(-1, keepdim=True)  # x's length has no effect: no gradient along y
+        x_grad = torch.addcmul(grad, along, y.float(), value=-1).mul_(scale)
+        return (x_grad if cos is None else apply_rotary(x_grad, cos, -sin)).type_as(y), None, None
+
+def offset_keys(k: Tensor) -> Tensor:
+    """Keys (T, H, K) that take their non-rotary channels from the token before, so that a query can find what
+    followed its own token earlier in the text, in one layer (record 49 of modded-nanogpt). Documents' borders
+    are ignored here."""
+    rotating, standing = k.unflatten(-1, (2, 2, -1)).unbind(-2)  # of both halves of K: (T, H, 2, K // 4)
+    return torch.stack((rotating, torch.cat((standing[:1], standing[:-1]))), dim=-2).flatten(-3)
 
 def banded_mask(cu_seqlens: Tensor, num_tokens: int, window: int, max_seqlen: int, dtype: torch.dtype):
-    """The additive mask of banded_attention, made once for all blocks that share a window.
+    """The additive mask of banded_attention, (N, 1, W, 2W) of 0 and -inf, for all blocks that share a window.
     cu_seqlens: (S,) int32, ascending, padded with num_tokens. Query i may see key j if both are of the same
-    document and 0 <= i - j <= window. Returns (N, 1, W, 2W) of 0 and -inf."""
+    document and 0 <= i - j <= window. Plain attention cuts the sequence into N bands as long as the window,
+    W tokens, so that these keys are in i's own band and the one before: scores take T x 2W, not T x T."""
     band = min(window, num_tokens)
     num_bands = -(-num_tokens // band)
     query = torch.arange(num_bands * band, device=cu_seqlens.device).view(num_bands, band, 1)
-    key = query.view(num_bands, 1, band)
-    key = torch.cat((key - band, key), dim=2)
+    key = query[:, :1] + torch.arange(-band, band, device=cu_seqlens.device)
     # The number of starts at or before a position tells documents apart; it is 0 before the first token.
     query_document, key_document = (torch.searchsorted(cu_seqlens, x.int(), right=True) for x in (query, key))
     visible = (key <= query) & (query - key <= band) & (key_document == query_document)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=cu_seqlens.device)
-    return mask.masked_fill_(~visible, -torch.inf).unsqueeze(1)
+    return torch.where(visible, 0.0, -torch.inf).to(dtype).unsqueeze(1)
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(scale * q k^T + mask) v of a packed sequence. q, k, v and the result: (T, H, K)."""
     num_tokens, num_bands, band = len(q), mask.size(0), mask.size(2)
-
-    def split(x: Tensor) -> Tensor:  # (T, H, K) -> (N, W, H, K)
-        return F.pad(x, (0, 0, 0, 0, 0, num_bands * band - num_tokens)).unflatten(0, (num_bands, band))
-
-    def with_previous(x: Tensor) -> Tensor:  # -> (N, 2W, H, K); band 0 gets zeros, which the mask hides
-        return torch.cat((F.pad(x[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), x), dim=1)
-
-    q, k, v = (x.transpose(1, 2) for x in (split(q), with_previous(split(k)), with_previous(split(v))))
-    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    padding = (0, 0, 0, 0, band, num_bands * band - num_tokens)  # the mask hides it
+    q, k, v = (F.pad(x, padding).unflatten(0, (-1, band)) for x in (q, k, v))
+    k, v = (torch.cat((x[:-1], x[1:]), dim=1) for x in (k, v))  # -> (N, 2W, H, K)
+    y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[1:], k, v)), mask, scale=scale)
     return y.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
+class GatedQKV(torch.autograd.Function):
+    """x @ w_qkv.T, and the gates' logits, x[:, :C] @ gate.T. In the backward pass the gradient of the C
+    columns is added to that of all of them, instead of in a tensor of its own that is nearly all zeros."""
+    @staticmethod
+    def forward(ctx, x: Tensor, w_qkv: Tensor, gate: Tensor):
+        ctx.save_for_backward(x, w_qkv, gate)
+        return F.linear(x, w_qkv), F.linear(x[:, :gate.size(1)], gate)
+
+    @staticmethod
+    def backward(ctx, qkv_grad: Tensor, gate_grad: Tensor):
+        x, w_qkv, gate = ctx.saved_tensors
+        x_grad = qkv_grad @ w_qkv
+        x_grad[:, :gate.size(1)] += gate_grad @ gate
+        return x_grad, qkv_grad.mT @ x, gate_grad.mT @ x[:, :gate.size(1)]
+
 class ReluSquared(torch.autograd.Function):
-    """relu(x)^2 (So et al., 2021). Keeps only its result, of which the backward pass takes the root."""
+    """relu(x)^2 (So et al., 2021). Keeps only its result, whose root is relu(x), for the backward pass."""
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = x.relu().square()
+        y = x.relu().square_()
         ctx.save_for_backward(y)
-        return y
+        return y.view_as(y)  # as in Norm
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return 2 * grad * ctx.saved_tensors[0].sqrt()
+        # in place: fresh memory is slow on a CPU, and so is the root of 0
+        return ctx.saved_tensors[0].clamp_min(1e-30).sqrt_().mul_(2).mul_(grad)
+
+def softcapped_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """30 * sigmoid(x @ weight.T / 7.5), float32. x: (..., D) in the activations' dtype; weight: (V, D), the
+    float32 master, cast here. The cap is as in Gemma 2 (@KoszarskyB); sigmoid and constants: @YouJiacheng."""
+    return 30 * torch.sigmoid(F.linear(x, weight.type_as(x)).float() / 7.5)
 
 def softcapped_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy of 30 * sigmoid(x @ weight.T / 7.5), a float32 scalar.
-    x: (T, D) in the activations' dtype; weight: (V, D), the float32 master, cast here; targets: (T,) int64.
-    Logits are capped as in Gemma 2 (@KoszarskyB); sigmoid and constants: @YouJiacheng."""
-    logits = 30 * torch.sigmoid(F.linear(x, weight.type_as(x)).float() / 7.5)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    """Sum of the cross-entropies over the tokens, a float32 scalar. x: (T, D); targets: (T,) int64."""
+    return F.cross_entropy(softcapped_logits(x, weight), targets, reduction="sum")
 
 class GPT(nn.Module):
     """The model. The matrices of all blocks lie in banks: Muon needs one reduce-scatter, Newton-Schulz and
@@ -330,9 +389,8 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, kernels: "Kernels", world_size: int = 1):
         super().__init__()
         self.settings, self.kernels, self.blocks = s, kernels, parse_layout(s)
-        parts = "".join("".join(block.stages) for block in self.blocks)
-        self.num_attn, self.num_mlp, self.num_rows = parts.count("A"), parts.count("M"), {}
-        dim, num_tables = s.model_dim, max(-1 if b.table is None else b.table for b in self.blocks) + 1
+        self.num_attn, self.num_mlp, self.num_rows = s.layout.count("A"), s.layout.count("M"), {}
+        dim, num_tables = s.model_dim, max(map(int, re.findall(r"\d", s.value_embeds)), default=-1) + 1
 
         def parameter(name: str, num_rows: int, *row: int, dtype=torch.float32):
             self.num_rows[name] = num_rows
@@ -341,6 +399,7 @@ class GPT(nn.Module):
             self.register_parameter(name, values)
 
         parameter("embed", s.padded_vocab, dim, dtype=s.torch_dtype)
+        parameter("ngrams", s.ngram_rows, s.ngram_dim, dtype=s.torch_dtype)
         parameter("value_embeds", num_tables * s.padded_vocab, dim, dtype=s.torch_dtype)  # tables end to end
         parameter("attn_bank", 4 * self.num_attn, dim, dim)  # q, k, v and output projection of each attention
         parameter("gate_bank", self.num_attn, s.num_heads, s.gate_channels)
@@ -366,62 +425,74 @@ class GPT(nn.Module):
         s, num_tokens = self.settings, len(inputs)
         attn_args = {window: self.kernels.attn_args(cu_seqlens, num_tokens, window, max_seqlen, s.torch_dtype)
                      for window in dict.fromkeys(windows)}
-        cos, sin = self.cos[:num_tokens], self.sin[:num_tokens]
-        x = x0 = norm(F.embedding(inputs, self.embed))
-        value_embeds = self.look_up_value_embeds(inputs)
+        x = x0 = Norm.apply(self.look_up_embed(inputs))
+        if self.value_embeds is not None:  # the rows of all tables in one look-up
+            first_rows = torch.arange(0, self.num_rows["value_embeds"], s.padded_vocab, device=inputs.device)
+            value_embeds = F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
         attentions, mlps = self.split_banks()
         scalars = self.scalars.flatten().unbind()
         num_blocks, outputs = len(self.blocks), []
         for i, block in enumerate(self.blocks):
-            # skip_weight: U-net skips (@brendanh0gan); lambdas: the embedding again (@KoszarskyB)
+            # skip_weight: U-net skips (@brendanh0gan); lambdas: mix the embedding back in (@KoszarskyB)
             skip_weight, lambda_x, lambda_x0, *sa_lambdas = scalars[5 * i:5 * i + 5]
             if i >= num_blocks - num_blocks // 2:
                 x = x + skip_weight * outputs.pop()
             x = lambda_x * x + lambda_x0 * x0
-            ve = None if block.table is None else value_embeds[block.table]
+            ve = None if block.value_embed is None else value_embeds[block.value_embed]
             args = attn_args[windows[0] if block.long_window else windows[1]]
-            for stage in block.stages:
-                x_in = norm(x)
-                for part in stage.split("+"):
+            for sublayer in block.sublayers:
+                x_in = Norm.apply(x)
+                for part in sublayer.split("+"):
                     if part == "A":
-                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args, cos, sin)
+                        x = x + self.attention(x_in, *next(attentions), sa_lambdas, ve, args,
+                                               offset=s.key_offset and block.long_window)
                     else:
                         c_fc, c_proj = next(mlps)  # both (D, hidden) (@byronxu99, PR 109)
                         x = x + F.linear(ReluSquared.apply(x_in @ c_fc), c_proj)
             if i < num_blocks // 2:
                 outputs.append(x)
-        return norm(x)
+        return Norm.apply(x)
 
     def attention(self, x: Tensor, w_qkv: Tensor, w_o: Tensor, gate: Tensor | None, sa_lambdas,
-                  ve: Tensor | None, attn_args, cos: Tensor, sin: Tensor) -> Tensor:
+                  ve: Tensor | None, attn_args, offset: bool) -> Tensor:
         """One attention; x: (T, D), normalised; w_qkv: (3D, D); gate: (H, channels); ve: (T, D)."""
         s = self.settings
-        qkv = F.linear(x, w_qkv).view(len(x), 3 * s.num_heads, -1)
-        qk, v = qkv.split((2 * s.num_heads, s.num_heads), dim=1)
-        q, k = apply_rotary(norm(qk), cos, sin).chunk(2, dim=1)
-        v = sa_lambdas[0] * v
-        if ve is not None:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
-            v = v + sa_lambdas[1] * ve.view_as(v)
+        qkv, gate_logits = (F.linear(x, w_qkv), None) if gate is None else GatedQKV.apply(x, w_qkv, gate)
+        q, k, v = qkv.view(len(x), 3 * s.num_heads, -1).chunk(3, dim=1)
+        q, k = (Norm.apply(part, self.cos[:len(x)], self.sin[:len(x)]) for part in (q, k))
+        if offset:
+            k = offset_keys(k)
+        if ve is None:
+            w_o = sa_lambdas[0] * w_o  # the same as a factor of v, which has far more elements
+        else:  # value embeddings (Zhou et al., 2024; @KoszarskyB)
+            v = sa_lambdas[0] * v + sa_lambdas[1] * ve.view_as(v)
         y = self.kernels.attention(q, k, v, attn_args, s.attn_scale)
         if gate is not None:  # sparse attention gate, one for each head and token (@classiclarryd, PR 117)
-            y = y * torch.sigmoid(F.linear(x[:, :s.gate_channels], gate)).unsqueeze(-1)
+            y = y * torch.sigmoid(gate_logits).unsqueeze(-1)
         return F.linear(y.flatten(1), w_o)
 
-    def look_up_value_embeds(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Each table's rows for the inputs, (T, D) each, in one look-up."""
-        if self.value_embeds is None:
-            return ()
-        num_rows, vocab = self.num_rows["value_embeds"], self.settings.padded_vocab
-        first_rows = torch.arange(0, num_rows, vocab, device=inputs.device)
-        return F.embedding(inputs + first_rows[:, None], self.value_embeds).unbind()
+    def look_up_embed(self, inputs: Tensor) -> Tensor:
+        """The embedding, (T, D), and in its first channels the sum of the rows for the last 2, 3, ... tokens.
+        (Bigrams: record 62 of modded-nanogpt, which adds them before every block. In the demo, whose tokens
+        are bytes, longer n-grams play the part of words. Documents' borders are ignored.)"""
+        x = F.embedding(inputs, self.embed)
+        if self.ngrams is None:
+            return x
+        ids, hashes = inputs.long(), []
+        total = HASH_FACTORS[0] * ids
+        for back in range(1, self.settings.ngram_max):
+            total = total ^ HASH_FACTORS[back] * F.pad(ids, (back, 0))[:len(ids)]
+            hashes.append(total % self.num_rows["ngrams"])
+        rows = F.embedding(torch.stack(hashes), self.ngrams).sum(0)
+        return x + F.pad(rows, (0, x.size(1) - rows.size(1)))
 
     def split_banks(self):
-        """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), in the activations' dtype."""
+        """Iterators over (w_qkv, w_o, gate) and (c_fc, c_proj), each cast to the activations' dtype."""
         dim, dtype = self.settings.model_dim, self.settings.torch_dtype
-        rows, sizes = self.attn_bank.to(dtype).flatten(0, 1), (3 * dim, dim) * self.num_attn
-        attn = rows.split((*sizes, len(rows) - sum(sizes)))
-        gates = repeat(None) if self.gate_bank is None else self.gate_bank.to(dtype).unbind()
-        mlp = self.mlp_bank.to(dtype).unbind()
+        rows, sizes = self.attn_bank.flatten(0, 1), (3 * dim, dim) * self.num_attn
+        attn = [w.to(dtype) for w in rows.split((*sizes, len(rows) - sum(sizes)))]
+        gates = repeat(None) if self.gate_bank is None else [w.to(dtype) for w in self.gate_bank.unbind()]
+        mlp = [w.to(dtype) for w in self.mlp_bank.unbind()]  # a loop over the bank compiles to a slow gradient
         return zip(attn[:-1:2], attn[1::2], gates), zip(mlp[0::2], mlp[1::2])
 
 @torch.no_grad()
@@ -435,34 +506,37 @@ def init_weights(model: GPT, seed: int) -> None:
             values.normal_(generator=generator)
         elif name == "attn_bank":  # q, k, v of every attention; the output projections start at zero
             values.unflatten(0, (-1, 4))[:, :3].uniform_(-bound, bound, generator=generator)
-        elif name == "mlp_bank":  # up; down starts at zero
+            if model.settings.equal_qk_start:  # a query finds its own token before anything is learned
+                w = values.unflatten(0, (-1, 4)).unflatten(2, (model.settings.num_heads, 2, 2, -1))
+                w[:, 1, :, :, 1] = w[:, 0, :, :, 1]
+        elif name == "mlp_bank":  # c_fc; c_proj starts at zero
             values.unflatten(0, (-1, 2))[:, 0].uniform_(-bound, bound, generator=generator)
         elif name == "scalars":  # skip weight, lambdas of x and x0, lambdas of v and its embedding
             values[:] = torch.tensor([1.0, 1.0, 0.0, 0.5, 0.5])
-        elif name not in ("gate_bank", "lm_head"):
+        elif name not in ("gate_bank", "lm_head", "ngrams"):
             raise KeyError(f"init_weights has no initial values for parameter {name}")
         p.zero_()[:len(values)] = values.to(p)
 
 # ----------------------------------------------------------------------------------------------------------
 # Optimizers: Muon for the blocks' matrices, Adam for the rest, both sharded over the ranks
 #
-# A rank owns an equal run of each parameter's rows, and keeps optimizer state for those alone. A step:
-#   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient;
-#   2. step: it updates its rows of each parameter, as soon as their gradient is there;
-#   3. all_gather: the updated rows travel back, so that all ranks hold the same parameters, bit for bit.
+# A rank owns an equal slice of each parameter's rows, and keeps optimizer state for it alone. A step:
+#   1. reduce_scatter: each rank gets the sum over ranks of its own rows of every gradient; that of the head,
+#      which the backward pass completes first, is under way while the rest of the backward pass runs;
+#   2. step: it updates its rows of each parameter, as soon as their gradient has arrived;
+#   3. all_gather: the updated rows are gathered, so that all ranks hold the same parameters, bit for bit.
 
 # PyTorch 2.13 renamed both collectives, and warns about the old names, which are all that 2.11 has.
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-def XXT(X: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols); base: (n, rows, rows)."""
+def XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
+    """X @ X.T, or alpha * X @ X.T + beta * base, of matrices. X: (n, rows, cols)."""
     return X @ X.mT if base is None else torch.baddbmm(base, X, X.mT, beta=beta, alpha=alpha)
 
 def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
     """Nearly orthogonal matrices with the row and column spaces of G, (n, rows, cols), in `dtype`.
-    Five steps of the quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon) take
-    the singular values to about 1 +- 0.3; zero stays zero. A and A @ A are symmetric (@byronxu99, PR 109)."""
+    Five steps of Muon's quintic (kellerjordan.github.io/posts/muon) bring singular values to 1 +- 0.3."""
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest at zero among the quintics whose values stay near 1
     tall = G.size(-2) > G.size(-1)
     X = (G.mT if tall else G).to(dtype)  # so that X @ X.T is the smaller product
@@ -473,127 +547,147 @@ def newton_schulz(G: Tensor, dtype: torch.dtype, XXT: Callable = XXT) -> Tensor:
         X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
+class Muon(NamedTuple):
+    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
+    dtype: torch.dtype  # of Newton-Schulz
+    XXT: Callable
+    state_names = ("momentum_buffer",)
+
+    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = newton_schulz(grad.lerp_(buffer, momentum), self.dtype, self.XXT)
+        rows, cols = direction.shape[-2:]
+        p.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
+
+class Adam(NamedTuple):
+    """Adam (Kingma and Ba, 2015) in PyTorch's fused kernel: one pass, in float32, and rounded once when it is
+    stored. State has the parameter's dtype. eps is added to the root of the uncorrected second moment."""
+    beta1: float
+    beta2: float
+    eps: float
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def update(self, p: Tensor, grad: Tensor, state, lr: float, momentum: float, step: int) -> None:
+        eps = self.eps / (1 - self.beta2**step) ** 0.5  # the kernel adds it to the corrected moment's root
+        steps_done = torch.full((), step - 1.0, device=p.device)
+        adam([p], [grad], *([x] for x in state.values()), [], [steps_done], fused=True, amsgrad=False,
+             beta1=self.beta1, beta2=self.beta2, lr=lr, weight_decay=0.0, eps=eps, maximize=False)
+
 @dataclass
 class ShardedParam:
-    """One parameter as its optimizer sees it on this rank."""
+    """One parameter as the optimizer sees it on this rank."""
     name: str
     param: nn.Parameter
-    lr_mult: float
+    rule: Muon | Adam
+    lr: float
     p_slice: Tensor  # this rank's rows of the parameter
     state: dict[str, Tensor]  # of the shape and dtype of p_slice
     grad_slice: Tensor | None = None  # the summed gradient of p_slice
-    handle: dist.Work | None = None  # the collective under way
+    handle: dist.Work | None = None  # the collective in progress
+
+    def wait(self) -> None:
+        if self.handle is not None:
+            self.handle.wait()
+            self.handle = None
 
 class ShardedOptimizer:
-    """The three phases; a subclass names its state and updates a slice."""
-    state_names: tuple[str, ...] = ()
-
-    def __init__(self, params: dict[str, tuple[nn.Parameter, float]], rank: int, world_size: int, lr: float):
-        """params: name -> (parameter, multiple of the learning rate)."""
-        self.world_size, self.lr, self.sharded_params = world_size, lr, []
-        for name, (p, lr_mult) in params.items():
+    """The three phases, for parameters that are updated by a rule each."""
+    def __init__(self, params: dict[str, tuple], rank: int, world_size: int):
+        """params: name -> (parameter, rule, learning rate)."""
+        self.rank, self.world_size, self.sharded_params = rank, world_size, []
+        for name, (p, rule, lr) in params.items():
             p_slice = p.data.chunk(world_size)[rank]
-            state = {key: torch.zeros_like(p_slice) for key in self.state_names}
-            self.sharded_params.append(ShardedParam(name, p, lr_mult, p_slice, state))
+            state = {key: torch.zeros_like(p_slice) for key in rule.state_names}
+            self.sharded_params.append(ShardedParam(name, p, rule, lr, p_slice, state))
+        self.last_microbatch = False  # whether the backward pass under way completes the step's gradients
+
+    def reduce_scatter_early(self, name: str) -> None:
+        """From now on, phase 1 of this parameter starts within the backward pass that completes its gradient."""
+        sp, = (sp for sp in self.sharded_params if sp.name == name)
+
+        def start_if_complete(_):
+            if self.last_microbatch:
+                self.start_reduce_scatter(sp)
+
+        sp.param.register_post_accumulate_grad_hook(start_if_complete)
+
+    def start_reduce_scatter(self, sp: ShardedParam) -> None:
+        """Phase 1 of one parameter. Clears its gradient."""
+        grad = sp.param.grad.contiguous()
+        sp.param.grad = None
+        if self.world_size > 1:
+            sp.grad_slice = torch.empty_like(sp.p_slice)
+            sp.handle = reduce_scatter_tensor(sp.grad_slice, grad, async_op=True)
+        else:
+            sp.grad_slice = grad
 
     def reduce_scatter(self) -> None:
-        """Phase 1, started for every parameter. Clears the parameters' gradients."""
+        """Phase 1, started for every parameter for which it has not started yet."""
         for sp in self.sharded_params:
-            grad = sp.grad_slice = sp.param.grad.contiguous()
-            sp.param.grad = None
-            if self.world_size > 1:
-                sp.grad_slice = torch.empty_like(sp.p_slice)
-                sp.handle = reduce_scatter_tensor(sp.grad_slice, grad, async_op=True)
+            if sp.grad_slice is None:
+                self.start_reduce_scatter(sp)
 
     @torch.no_grad()
-    def step(self, lr_scale: float, momentum: float, step: int) -> list[Tensor]:
-        """Phase 2, and phase 3 started. step counts from 1. Returns the largest |entry| of each slice."""
-        largest = []
+    def step(self, lr_factor: float, momentum: float, step: int) -> list[Tensor]:
+        """Phase 2; starts phase 3. step counts from 1. Returns a flag per parameter: gradient not finite."""
+        flags = []
         for sp in self.sharded_params:
-            self.wait(sp)
-            largest.append(torch.linalg.vector_norm(sp.grad_slice, torch.inf))
-            self.update(sp, self.lr * sp.lr_mult * lr_scale, momentum, step)
+            sp.wait()
+            flags.append(~sp.grad_slice.sum().isfinite())  # faster than by a maximum
+            sp.rule.update(sp.p_slice, sp.grad_slice, sp.state, sp.lr * lr_factor, momentum, step)
             sp.grad_slice = None
             if self.world_size > 1:
                 sp.handle = all_gather_tensor(sp.param.data, sp.p_slice, async_op=True)
-        return largest
+        return flags
 
     def all_gather(self) -> None:
-        """The end of phase 3: the parameters may be read."""
+        """Phase 3 ends: the parameters may be read."""
         for sp in self.sharded_params:
-            self.wait(sp)
+            sp.wait()
 
-    def wait(self, sp: ShardedParam) -> None:
-        if sp.handle is not None:
-            sp.handle.wait()
-            sp.handle = None
-
-class Muon(ShardedOptimizer):
-    """Nesterov momentum, then orthogonalisation of each matrix on its own (Keller Jordan et al., 2024)."""
-    state_names = ("momentum_buffer",)
-
-    def __init__(self, params, rank: int, world_size: int, lr: float, dtype: torch.dtype, XXT=XXT):
-        super().__init__(params, rank, world_size, lr)
-        self.dtype, self.XXT = dtype, XXT
-
-    def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
-        buffer = sp.state["momentum_buffer"].lerp_(sp.grad_slice, 1 - momentum)
-        direction = newton_schulz(sp.grad_slice.lerp(buffer, momentum), self.dtype, self.XXT)
-        rows, cols = direction.shape[-2:]
-        sp.p_slice.add_(direction, alpha=-lr * max(1, rows / cols) ** 0.5)
-
-def adam_update(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float,
-                eps: float, step_size: Tensor) -> None:
-    """Adam (Kingma and Ba, 2015) in place. All is computed in float32, and rounded once when it is stored."""
-    grad = grad.float()
-    mean = beta1 * exp_avg.float() + (1 - beta1) * grad
-    square = beta2 * exp_avg_sq.float() + (1 - beta2) * grad * grad
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    p.copy_(p.float() - step_size * mean / (square.sqrt() + eps))
-
-class DistAdam(ShardedOptimizer):
-    """Adam; state has the parameter's dtype. eps joins the root of the uncorrected second moment."""
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(self, params, rank: int, world_size: int, lr: float, betas, eps: float, compiled=False):
-        super().__init__(params, rank, world_size, lr)
-        self.betas, self.eps = betas, eps
-        self.adam_update = torch.compile(adam_update, dynamic=False) if compiled else adam_update
-
-    def update(self, sp: ShardedParam, lr: float, momentum: float, step: int) -> None:
-        beta1, beta2 = self.betas
-        step_size = torch.tensor(lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step))  # a float would recompile
-        self.adam_update(sp.p_slice, sp.grad_slice, *sp.state.values(), beta1, beta2, self.eps, step_size)
-
-def make_optimizers(model: GPT, s: Settings, rank: int, world_size: int) -> list[ShardedOptimizer]:
-    """Both optimizers, from the table of who trains what and at which multiple of its learning rate."""
-    table = dict(
-        attn_bank=("muon", 1.0),
-        gate_bank=("muon", 1.0),
-        mlp_bank=("muon", 1.0),
-        embed=("adam", s.embed_lr_mult),
-        value_embeds=("adam", s.embed_lr_mult),
-        lm_head=("adam", s.head_lr_mult),
-        scalars=("adam", s.scalar_lr_mult),
+def make_optimizer(model: GPT, s: Settings, rank: int, world_size: int) -> ShardedOptimizer:
+    """The optimizer, from the table of what trains each parameter, in the order of the updates."""
+    muon, adam = Muon(s.torch_dtype, model.kernels.XXT), Adam(s.adam_beta1, s.adam_beta2, s.adam_eps)
+    table = dict(  # name -> (rule, learning rate)
+        attn_bank=(muon, s.muon_lr),
+        gate_bank=(muon, s.muon_lr),
+        mlp_bank=(muon, s.muon_lr),
+        embed=(adam, s.adam_lr * s.embed_lr_mult),
+        ngrams=(adam, s.adam_lr * s.embed_lr_mult),
+        value_embeds=(adam, s.adam_lr * s.embed_lr_mult),
+        lm_head=(adam, s.adam_lr * s.head_lr_mult),
+        scalars=(adam, s.adam_lr * s.scalar_lr_mult),
     )
-    groups, betas = dict(muon={}, adam={}), (s.adam_beta1, s.adam_beta2)
-    for name, p in model.named_parameters():
-        group, lr_mult = table[name]  # a KeyError: a new parameter needs a row above
-        groups[group][name] = (p, lr_mult)
-    return [Muon(groups["muon"], rank, world_size, s.muon_lr, s.torch_dtype, model.kernels.XXT),
-            DistAdam(groups["adam"], rank, world_size, s.adam_lr, betas, s.adam_eps, s.torch_compile)]
+    params = dict(model.named_parameters())
+    if new := params.keys() - table.keys():
+        raise KeyError(f"make_optimizer has no row for {new}")
+    rows = {name: (params[name], *row) for name, row in table.items() if name in params}
+    optimizer = ShardedOptimizer(rows, rank, world_size)
+    optimizer.reduce_scatter_early("lm_head")
+    return optimizer
 
 # ----------------------------------------------------------------------------------------------------------
-# Fast kernels for GPUs: each does what its plain version does, and is taken only if it agrees with it
+# Fast kernels for GPUs: each is used only if its results agree with its plain version's
 #
-# Softcapped logits lie between 0 and 30, so their exponentials can be summed in float32 without a shift. With
-# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s). Divisions are slow on a GPU: 1 / u is rsqrt(u)^2.
+# Softcapped logits lie between 0 and 30, so float32 can sum their exponentials as they are. With
+# s = sigmoid(z / 7.5), exp(30 s) = exp2(EXP * s).
 
-EXP, RATE = 30 / math.log(2), -1 / (7.5 * math.log(2))
+EXP = 30 / math.log(2)
 
 @triton.jit
-def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr, RATE: tl.constexpr,
+def softcap_sigmoid(z, TANH: tl.constexpr):
+    """sigmoid(z / 7.5), float32. TANH: by the GPU's own approximation of tanh (relative error 2^-11), one
+    special function instead of two; their rate bounds the loss kernel."""
+    if TANH:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [z * (1 / 15)], dtype=tl.float32,
+                                         is_pure=True, pack=1)
+        return 0.5 + 0.5 * half
+    else:
+        r = tl.rsqrt(1 + tl.exp2(z * (-1 / (7.5 * 0.6931471805599453))))  # divisions are slow: 1/u = rsqrt(u)^2
+        return r * r
+
+@triton.jit
+def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.constexpr, TANH: tl.constexpr,
                         BLOCK: tl.constexpr):
     """One program per row: log2 of the sum of the exponentials, and the loss."""
     row = tl.program_id(0)
@@ -602,16 +696,15 @@ def softcap_loss_kernel(logits, targets, losses, log_sums, num_columns, EXP: tl.
     for first in range(0, num_columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         z = tl.load(logits + column, mask=column < num_columns, other=0.0).to(tl.float32)
-        r = tl.rsqrt(1 + tl.exp2(RATE * z))
-        total += tl.where(column < num_columns, tl.exp2(EXP * r * r), 0.0)
+        total += tl.where(column < num_columns, tl.exp2(EXP * softcap_sigmoid(z, TANH)), 0.0)
     log_sum = tl.log2(tl.sum(total, 0))
-    r = tl.rsqrt(1 + tl.exp2(RATE * tl.load(logits + tl.load(targets + row)).to(tl.float32)))
+    target_logit = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     tl.store(log_sums + row, log_sum)
-    tl.store(losses + row, log_sum * (30 / EXP) - 30 * r * r)
+    tl.store(losses + row, log_sum * (30 / EXP) - 30 * softcap_sigmoid(target_logit, TANH))
 
 @triton.jit
 def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_rows, num_columns,
-                        EXP: tl.constexpr, RATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                        EXP: tl.constexpr, TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program per tile: scale times the loss's gradient by the logits, and its transpose."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -619,8 +712,7 @@ def softcap_grad_kernel(logits, targets, log_sums, scale, grads, grads_t, num_ro
     place = row.to(tl.int64)[:, None] * num_columns + column[None, :]
     target = tl.load(targets + row, mask=row < num_rows, other=0)
     log_sum = tl.load(log_sums + row, mask=row < num_rows, other=0.0)
-    r = tl.rsqrt(1 + tl.exp2(RATE * tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)))
-    s = r * r
+    s = softcap_sigmoid(tl.load(logits + place, mask=inside, other=0.0).to(tl.float32), TANH)
     grad = tl.exp2(EXP * s - log_sum[:, None]) - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     grad = (grad * (s - s * s) * (4 * scale)).to(grads.dtype.element_ty)
     tl.store(grads + place, grad, mask=inside)
@@ -646,7 +738,7 @@ def tile_grid(x: Tensor) -> tuple[int, int]:
     return triton.cdiv(x.size(0), TILE["ROWS"]), triton.cdiv(x.size(1), TILE["COLUMNS"])
 
 def empty_pair(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous room for something of x's shape, and for its transpose."""
+    """Empty tensors of x's shape and of its transpose's."""
     return [torch.empty(shape, dtype=dtype, device=x.device) for shape in (x.shape, x.mT.shape)]
 
 def cast_fp8(x: Tensor, scale: float) -> list[Tensor]:
@@ -659,9 +751,16 @@ def softcap_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and log2 of the sums of exponentials, (T,) float32 each. logits: (T, V), contiguous."""
     losses, log_sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
     block = min(4096, triton.next_power_of_2(logits.size(1)))
-    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP, RATE, block,
-                                      num_warps=8)
+    softcap_loss_kernel[len(logits),](logits, targets, losses, log_sums, logits.size(1), EXP, logits.is_cuda,
+                                      block, num_warps=8)
     return losses, log_sums
+
+def softcap_grad(logits: Tensor, targets: Tensor, log_sums: Tensor, scale: float, dtype: torch.dtype):
+    """scale times the gradient of the sum of the losses by the logits, (T, V) of `dtype`, and its transpose."""
+    grads, grads_t = empty_pair(logits, dtype)
+    softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, scale, grads, grads_t, *logits.shape, EXP,
+                                           logits.is_cuda, **TILE)
+    return grads, grads_t
 
 class Float8HeadLoss(torch.autograd.Function):
     """softcapped_loss with products in float8 and a fused loss (@YouJiacheng). x and weight are e4m3, the
@@ -681,9 +780,7 @@ class Float8HeadLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x8_t, w8_t, targets, logits, log_sums = ctx.saved_tensors
         x_scale, w_scale, grad_scale = ctx.scales
-        grads, grads_t = empty_pair(logits, torch.float8_e5m2)
-        softcap_grad_kernel[tile_grid(logits)](logits, targets, log_sums, 448.0, grads, grads_t,
-                                               *logits.shape, EXP, RATE, **TILE)
+        grads, grads_t = softcap_grad(logits, targets, log_sums, 448.0, torch.float8_e5m2)
         grad_scale = grad_scale * grad  # the loss may be divided by the number of microbatches
         x_grad = torch._scaled_mm(grads, w8_t.mT, grad_scale, w_scale, out_dtype=torch.bfloat16)
         w_grad = torch._scaled_mm(grads_t, x8_t.mT, grad_scale, x_scale, out_dtype=torch.float32)
@@ -721,7 +818,7 @@ def XXT_kernel(x, base, out, rows, cols, alpha, beta, ADD: tl.constexpr, BLOCK: 
         if i > j:
             tl.store(out + row_j[:, None] * rows + row_i[None, :], tl.trans(result), mask=tl.trans(inside))
 
-def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+def symmetric_XXT(X: Tensor, base: Tensor | None = None, alpha=1.0, beta=0.0) -> Tensor:
     """What XXT gives, by half of the tiles and their mirror images (@byronxu99, PR 109)."""
     X = X.contiguous()
     count, rows, cols = X.shape
@@ -742,64 +839,128 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) ->
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(window, 0))
 
 class Kernels(NamedTuple):
-    """The functions that a run uses where there is a choice; the defaults are plain PyTorch."""
+    """What a run uses where there is a choice; the defaults are plain PyTorch."""
     attn_args: Callable = banded_mask
     attention: Callable = banded_attention
     head_loss: Callable = softcapped_loss
     XXT: Callable = XXT
+    compiled: bool = False  # whether torch.compile writes the blocks' kernels
 
-def trial_run(kernels: Kernels, device: torch.device, s: Settings) -> list[Tensor]:
-    """Loss and gradients of one block on random weights and tokens, and orthogonalised random matrices."""
-    s = replace(s, layout="AM", value_embeds="0", window_pattern="L", batch_tokens=1024, microbatches=1)
-    model, generator = GPT(s, kernels), torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():  # of a size that keeps logits and gates in their useful range
-        p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04, generator=generator)
-    tokens = torch.randint(s.vocab_size, (1025,), generator=generator).to(device)
-    cu_seqlens = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
-    loss = model.to(device)(tokens[:-1].int(), tokens[1:], cu_seqlens, 640, (384, 384))
-    loss.backward()
-    G = torch.randn(3, s.model_dim, s.mlp_dim, generator=generator).to(device)
-    gradients = [model.embed.grad, model.attn_bank.grad, model.mlp_bank.grad, model.lm_head.grad]
-    return [loss.detach(), *gradients, newton_schulz(G, s.torch_dtype, kernels.XXT)]
+def compile_blocks(model: GPT) -> None:
+    """torch.compile for the blocks: a graph for each pair of windows, in training and in validation."""
+    num_graphs = 1 + 2 * len(model.settings.window_schedule.split(","))  # and one in KernelTrial
+    torch._dynamo.config.recompile_limit = max(8, num_graphs)
+    model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
+
+class KernelTrial:
+    """One block with random weights and tokens, and random matrices: a case on which kernels are compared."""
+    def __init__(self, device: torch.device, s: Settings):
+        self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L", batch_tokens=1024,
+                                    microbatches=1, val_slice_tokens=1024)
+        torch.manual_seed(0)
+        with device:  # 120 million random numbers: a GPU draws them at once, a CPU in three seconds
+            self.model = GPT(s, Kernels())
+        for name, p in self.model.named_parameters():  # logits and gates get values in their useful range
+            p.data.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04)
+        tokens = torch.randint(s.vocab_size, (1025,), device=device)
+        starts = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
+        self.batch = Batch(tokens[:-1].int(), tokens[1:], starts, 640)
+        self.matrices = torch.randn(3, s.model_dim, s.mlp_dim, device=device)
+        self.expected = self.results(Kernels())
+
+    def results(self, kernels: Kernels) -> dict[str, Tensor]:
+        """Loss, gradients and orthogonalised matrices. Compiled kernels stay compiled: try them last."""
+        model = self.model
+        model.kernels = kernels
+        model.zero_grad()
+        if kernels.compiled:
+            compile_blocks(model)
+        loss = model(*self.batch, (384, 384))
+        loss.backward()
+        names = "embed", "attn_bank", "mlp_bank", "lm_head"
+        results = {f"gradient of {name}": getattr(model, name).grad for name in names}
+        results["loss"] = loss.detach()
+        results["Newton-Schulz"] = newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)
+        return results
+
+    def error(self, kernels: Kernels) -> tuple[Tensor, str]:
+        """The largest relative error among the results, a float32 scalar (inf for nan), and that result's name."""
+        results, names = self.results(kernels), list(self.expected)
+        errors = [(results[name] - x.float()).norm() / x.float().norm() for name, x in self.expected.items()]
+        errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
+        return errors.max(), names[int(errors.argmax())]
+
+class Candidate(NamedTuple):
+    """A fast kernel that a run may take."""
+    kind: str  # what it computes
+    name: str
+    fields: dict  # of Kernels
+    tolerance: float  # of the relative error on KernelTrial
+    prepare: Callable = int  # is called before the trial
+    advice: str = ""  # for the log if this is not taken
+
+FA3_ADVICE = ("; version 3 is faster on this GPU: python -m pip install flash-attn-3 --index-url "
+              "https://download.pytorch.org/whl/cu130, or cu126")
+
+def list_candidates(capability: tuple[int, int], s: Settings) -> list[Candidate]:
+    """The fast kernels for a GPU; of a kind, the fastest first."""
+    found, bfloat16 = [], s.dtype == "bfloat16"
+    if bfloat16:  # FlashAttention has no float32, and tiles of float32 need more shared memory than there is
+        activate, restore = torch.nn.attention.activate_flash_attention_impl, restore_flash_attention_2
+        flash = dict(attn_args=varlen_args, attention=flash_attention)
+        if capability[0] == 9:
+            found.append(Candidate("attention", "FlashAttention 3", flash, 0.03, lambda: activate("FA3"),
+                                   FA3_ADVICE))
+        found.append(Candidate("attention", "FlashAttention 2 of PyTorch", flash, 0.03, restore))
+    if (s.fp8_head and bfloat16 and capability >= (8, 9)
+            and s.padded_vocab % 16 == 0 and s.model_dim % 16 == 0):
+        found.append(Candidate("head", "float8, fused loss", dict(head_loss=Float8HeadLoss.apply), 0.1))
+    if s.torch_compile:
+        compiled = torch.compile(softcapped_loss, dynamic=False)
+        found.append(Candidate("head", f"{s.dtype}, torch.compile", dict(head_loss=compiled), 0.03))
+    if bfloat16:
+        found.append(Candidate("Newton-Schulz", "half of each symmetric product", dict(XXT=symmetric_XXT), 0.1))
+    if s.torch_compile:  # the last, with the attention that was chosen
+        found.append(Candidate("blocks", "torch.compile", dict(compiled=True), 0.1))
+    return found
+
+def restore_flash_attention_2() -> None:
+    torch.nn.attention.restore_flash_attention_impl(False)  # False: no warning if it is active already
 
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
-    """The kernels for `device`, and a line for each that gives the choice and its reason. A fast kernel must
-    agree with the plain one on a small case on the run's own GPU, on every rank."""
-    chosen, lines = Kernels(), []
+    """The kernels for `device`, and a line for each kind that gives the choice and its reason. On a GPU, a fast
+    kernel must agree with the plain ones on KernelTrial on every rank; each joins those chosen before it."""
     if device.type == "cpu":
-        return chosen, ["kernels: plain PyTorch (the device is a CPU)"]
-    capability, attention = torch.cuda.get_device_capability(device), "FlashAttention 2 of PyTorch"
-    if capability[0] == 9:
-        try:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-            attention = "FlashAttention 3"
-        except Exception as error:  # whatever it is, version 2 does the work
-            attention += (f" (WARNING: version 3 is faster on this GPU; python -m pip install flash-attn-3 "
-                          f"--index-url https://download.pytorch.org/whl/cu130, or cu126; found {error!r})")
-    fp8 = (s.fp8_head and s.dtype == "bfloat16" and capability >= (8, 9)
-           and s.padded_vocab % 16 == s.model_dim % 16 == 0)
-    compiled = torch.compile(softcapped_loss, dynamic=False) if s.torch_compile else softcapped_loss
-    head = ("float8, fused loss", Float8HeadLoss.apply, 0.1) if fp8 else (s.dtype, compiled, 0.03)
-    rows = [("attention", attention, dict(attn_args=varlen_args, attention=flash_attention), 0.03),
-            ("head", head[0], dict(head_loss=head[1]), head[2]),
-            ("Newton-Schulz", "half of each symmetric product", dict(XXT=symmetric_XXT), 0.1)]
-    plain = trial_run(chosen, device, s)
-    for kind, name, functions, tolerance in rows:
-        error, why = torch.tensor(math.inf, device=device), ""
-        try:
-            pairs = zip(trial_run(Kernels(**functions), device, s), plain)
-            error = torch.stack([(x - y.float()).norm() / y.float().norm() for x, y in pairs]).max()
-        except Exception as raised:  # whatever it is, the plain version does the work
-            why = repr(raised)
-        error = error.nan_to_num(math.inf)
-        if dist.is_initialized():
-            dist.all_reduce(error, op=dist.ReduceOp.MAX)
-        if error <= tolerance:
-            chosen = chosen._replace(**functions)
-            lines.append(f"{kind}: {name}; {error:.1e} from plain PyTorch on a small case")
+        return Kernels(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
+    candidates = list_candidates(torch.cuda.get_device_capability(device), s)
+    trial = KernelTrial(device, s) if candidates else None
+    chosen, lines = Kernels(), []
+    for kind in ("attention", "head", "Newton-Schulz", "blocks"):
+        taken, rejected = "", []
+        for candidate in candidates:
+            if candidate.kind != kind or taken:
+                continue
+            tried = chosen._replace(**candidate.fields)
+            error, where = torch.tensor(math.inf, device=device), ""
+            try:
+                candidate.prepare()
+                error, where = trial.error(tried)
+            except Exception as raised:  # whatever fails, use another
+                where = repr(raised)
+            if dist.is_initialized():
+                dist.all_reduce(error, op=dist.ReduceOp.MAX)
+            if error <= candidate.tolerance:
+                chosen = tried
+                taken = f"{candidate.name}; {error:.1e} from plain PyTorch on a small case"
+            else:
+                rejected.append(f"; {candidate.name} was {error:.1e} from plain PyTorch on a small case, more "
+                                f"than {candidate.tolerance:g} ({where}){candidate.advice}")
+        if not rejected:
+            reason = f"nothing else for DTYPE={s.dtype} and TORCH_COMPILE={s.torch_compile:d}"
+            lines.append(f"{kind}: {taken or f'plain PyTorch ({reason})'}")
         else:
-            lines.append(f"{kind}: WARNING: plain PyTorch, much slower; {name} was {error:.1e} from it on "
-                         f"a small case, more than {tolerance:g} {why}")
+            lines.append(f"{kind}: WARNING: {taken or 'plain PyTorch, much slower'}{''.join(rejected)}")
     return chosen, lines
 
 # ----------------------------------------------------------------------------------------------------------
@@ -810,7 +971,7 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
 
 SHARD_KIND, HEADER_BYTES = [20240520, 1], 1024
 REMAKE = "delete it and make it again (FineWeb: python data/cached_fineweb10B.py), or name other files"
-OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to what these files hold"
+OTHER_IDS = "set PRESET, or VOCAB_SIZE and BOS_ID, to match these files"
 
 class TokenShard:
     """One shard file. `checksum` is that of its tokens once document_starts has read them."""
@@ -839,12 +1000,8 @@ class TokenShard:
 
     def document_starts(self) -> np.ndarray:
         """(documents,) int64: where each begins. Reads and checks every token."""
-        starts, chunk, self.checksum = [], 1 << 22, 0
-        for first in range(0, self.num_tokens, chunk):
-            tokens = self.read(first, min(first + chunk, self.num_tokens))
-            starts.append(first + np.flatnonzero(tokens == self.bos_id))
-            self.checksum = zlib.crc32(tokens, self.checksum)
-        starts = np.concatenate(starts)
+        tokens = self.read(0, self.num_tokens)
+        self.checksum, starts = zlib.crc32(tokens), np.flatnonzero(tokens == self.bos_id)
         self.expect(len(starts), f"documents that open with BOS_ID={self.bos_id}", "no such token", OTHER_IDS)
         return starts
 
@@ -867,12 +1024,12 @@ class PackingPlan(NamedTuple):
     shards: list[TokenShard]
     shard: np.ndarray  # (documents,) int64: number of the shard that holds it
     start: np.ndarray  # (documents,) int64: its first token there
-    length: np.ndarray  # (documents,) int64: most tokens that are used of it
+    length: np.ndarray  # (documents,) int64: its tokens, at most MAX_SEQ_LEN
     first: np.ndarray  # (steps x microbatches + 1,) int64: the document that opens each microbatch
     summary: str
 
 def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -> PackingPlan:
-    """Pack the documents of the planned steps; reads shard after shard until the run is fed.
+    """Pack the documents of the planned steps; reads shard after shard until there are enough.
     A microbatch of T tokens takes T + 1, since targets are shifted by one: documents from their BOS, each cut
     at MAX_SEQ_LEN, the last where the microbatch is full. The rest of a cut document is dropped, and the next
     document opens the next microbatch (BOS alignment: @classiclarryd, @varunneal). Raises UserError."""
@@ -887,10 +1044,10 @@ def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -
             documents.append(documents[n - len(shards)])
         shard, start, size = np.concatenate(documents, axis=1)
         length = np.minimum(size, s.max_seq_len)
-        end = np.cumsum(length)  # of each document, if they lay end to end
+        end = np.cumsum(length)  # of each document, if all were concatenated
         while len(first) <= needed:
             begin = end[first[-1] - 1] if first[-1] else 0
-            last = int(np.searchsorted(end, begin + room))  # the document in which the microbatch gets full
+            last = int(np.searchsorted(end, begin + room))  # the document that fills the microbatch
             if last == len(end):
                 break
             first.append(last + 1)
@@ -905,11 +1062,11 @@ def plan_packing(shards: list[TokenShard], s: Settings, num_microbatches: int) -
                         f"EPOCHS or add shards ({shards_needed} in all; python data/cached_fineweb10B.py N).")
     used, read = needed * room, int(size[:first[-1]].sum())
     summary = (f"data: {available}; the run reads {read:,} in {n // len(shards) + 1} passes, uses {used:,} "
-               f"({used / read:.1%}) and drops the rests of cut documents")
+               f"({used / read:.1%}) and drops the ends of cut documents")
     return PackingPlan(shards, shard, start, length, np.array(first), summary)
 
 def read_validation(s: Settings) -> np.ndarray:
-    """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for what is wrong."""
+    """The validation tokens, (VAL_TOKENS + 1,) uint16. Raises UserError for missing or wrong files."""
     needed, parts = s.val_tokens + 1, []
     for shard in open_shards(s, "val_files"):
         parts.append(shard.read(0, min(needed - sum(map(len, parts)), shard.num_tokens)))
@@ -932,54 +1089,45 @@ class Batch(NamedTuple):
         return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self[:3]), self.max_seqlen)
 
 def make_batch(tokens: np.ndarray, starts: np.ndarray, most_starts: int, max_seqlen: int) -> Batch:
-    """A batch from T + 1 tokens and where their documents begin. S is the next multiple of 128 at or above a
-    document every 300 tokens, or what most_starts needs."""
+    """A batch from T + 1 tokens and where their documents begin. S is T // 300, as in record 30, or what
+    most_starts needs, rounded up to a multiple of 128."""
     num_tokens = len(tokens) - 1
     cu_seqlens = np.full(round_up(max(num_tokens // 300, most_starts + 1), 128), num_tokens, dtype=np.int32)
     cu_seqlens[:len(starts)] = starts
     arrays = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int64), cu_seqlens
     return Batch(*map(torch.from_numpy, arrays), max_seqlen)
 
-class TrainLoader:
-    """This rank's training batches, assembled a few ahead by a thread that never touches a GPU. Of a step's
-    microbatches, rank r of w takes numbers r, r + w, ... seek comes before the first next_batch."""
-    def __init__(self, plan: PackingPlan, s: Settings, rank: int, world_size: int, device: torch.device):
-        self.plan, self.rank, self.world_size, self.device = plan, rank, world_size, device
-        self.num_microbatches = s.num_microbatches(world_size)
-        self.num_tokens = s.batch_tokens // self.num_microbatches
-        self.max_seqlen = min(s.max_seq_len, self.num_tokens)
-        self.most_starts = int(np.diff(plan.first).max())
-        self.thread, self.ahead = ThreadPoolExecutor(1, "loader"), deque()
+def train_batches(plan: PackingPlan, s: Settings, rank: int, world_size: int, device: torch.device,
+                  first_step: int):
+    """Yields this rank's training batches, those of step first_step (from 0) first. Of a step's microbatches,
+    rank r of w takes numbers r, r + w, ... A thread, which never touches a GPU, assembles them five ahead.
+    Raises UserError if a shard was cut while in use."""
+    num_microbatches = s.num_microbatches(world_size)
+    num_tokens, most_starts = s.batch_tokens // num_microbatches, int(np.diff(plan.first).max())
 
-    def seek(self, step: int) -> None:
-        """Go on with the first batch of a step."""
-        for future in self.ahead:
-            future.cancel()
-        self.ahead.clear()
-        self.next = step * self.num_microbatches + self.rank
-
-    def next_batch(self) -> Batch:
-        """The next batch, on the device. Raises UserError if a shard no longer holds what it held."""
-        while len(self.ahead) < 5 and self.next < len(self.plan.first) - 1:
-            self.ahead.append(self.thread.submit(self.assemble, self.next))
-            self.next += self.world_size
-        try:
-            return self.ahead.popleft().result().to(self.device)
-        except (UserError, OSError) as error:
-            raise UserError(str(error), rank=self.rank) from None
-
-    def assemble(self, number: int) -> Batch:
+    def assemble(number: int) -> Batch:
         """In the thread: microbatch `number` of the run."""
-        plan, room, parts = self.plan, self.num_tokens + 1, []
+        room, parts = num_tokens + 1, []
         for document in range(plan.first[number], plan.first[number + 1]):
             start, length = int(plan.start[document]), min(int(plan.length[document]), room)
             parts.append(plan.shards[plan.shard[document]].read(start, start + length))
             room -= length
         starts = np.cumsum([0, *map(len, parts[:-1])])
-        return make_batch(np.concatenate(parts), starts, self.most_starts, self.max_seqlen)
+        return make_batch(np.concatenate(parts), starts, most_starts, min(s.max_seq_len, num_tokens))
+
+    thread = ThreadPoolExecutor(1, "loader")
+    numbers = iter(range(first_step * num_microbatches + rank, len(plan.first) - 1, world_size))
+    ahead = deque(thread.submit(assemble, number) for number in islice(numbers, 5))
+    while ahead:
+        try:
+            batch = ahead.popleft().result()
+        except (UserError, OSError) as error:
+            raise UserError(str(error), rank=rank) from None
+        ahead.extend(thread.submit(assemble, number) for number in islice(numbers, 1))
+        yield batch.to(device)
 
 def validation_batches(tokens: np.ndarray, s: Settings, rank: int, world_size: int, device: torch.device):
-    """Yields (number, batch) for this rank's validation slices: every world_size-th, cut at fixed places."""
+    """Yields (number, batch) for this rank's validation slices: every world_size-th of VAL_SLICE_TOKENS."""
     cuts = np.arange(0, s.val_tokens + 1, s.val_slice_tokens)
     starts = np.union1d(cuts, np.flatnonzero(tokens[:-1] == s.bos_id))
     places = np.searchsorted(starts, cuts)
@@ -1005,9 +1153,9 @@ def muon_momentum(step: int, s: Settings) -> float:
 
 def attention_windows(step: int, s: Settings) -> tuple[int, int]:
     """(long, short) attention windows in tokens (long and short: @leloykun; growing: @varunneal)."""
-    stages = [int(x) for x in s.window_schedule.split(",")]
-    stage = stages[len(stages) * step // (s.num_iterations + 1)]
-    return stage * s.window_block, stage // 2 * s.window_block
+    long_windows = [int(x) for x in s.window_schedule.split(",")]
+    window = long_windows[len(long_windows) * step // (s.num_iterations + 1)]
+    return window * s.window_block, window // 2 * s.window_block
 
 # ----------------------------------------------------------------------------------------------------------
 # Run: processes and device, clock, log
@@ -1036,10 +1184,11 @@ def init_distributed(s: Settings) -> tuple[torch.device, str, int, int]:
         ensure_demo_data(s)
     if world_size > 1:  # waits for every rank, and so for the demo's data
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # torchrun's store outlives its restarts, and so do the addresses of dead ranks in it: use a prefix
+        # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
                                 device_id=device if cuda else None)
+        dist.barrier()  # a rank that ends with an error must not do so while others still connect
     return device, why, rank, world_size
 
 class Clock:
@@ -1119,7 +1268,7 @@ class Log:
 #
 # An 8-byte length, a JSON header, raw bytes: the safetensors package reads it, and nothing in it can execute.
 # Tensors are whole (gathered from the ranks), so that other numbers of ranks can resume from it. The header's
-# metadata hold step, training seconds, what identifies the run, and a SHA-256 of all the rest.
+# metadata hold step, training seconds, what identifies the run, and a SHA-256 of everything else.
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "checkpoint_every", "resume", "sample_tokens"}
@@ -1158,7 +1307,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(data[8:begin].tobytes())
         expected = header["__metadata__"].pop("sha256")
         if checkpoint_hash(header, [data[begin:]]) != expected:
-            raise ValueError(f"other bytes than SHA-256 {expected} says")
+            raise ValueError(f"a SHA-256 other than {expected}")
         metadata = header.pop("__metadata__")
         for name, about in header.items():
             first, last = about["data_offsets"]
@@ -1176,16 +1325,18 @@ def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.nda
                        validation_data=zlib.crc32(val_tokens),
                        microbatches_of_a_step=s.num_microbatches(world_size))
 
-def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float, identity: dict) -> None:
-    """Write the run's state after `step` steps; the newest two stay. Called by all ranks; rank 0 writes."""
+def save_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, step: int, seconds: float,
+                    identity: dict) -> None:
+    """Write the run's state after `step` steps; keep the newest two. Called by all ranks; rank 0 writes."""
     tensors = {name: p.data[:model.num_rows[name]] for name, p in model.named_parameters()}
-    for sp in (sp for optimizer in optimizers for sp in optimizer.sharded_params):
+    for sp in optimizer.sharded_params:
         for key, x in sp.state.items():
             whole = x
             if dist.is_initialized():
                 whole = torch.empty_like(sp.param.data)
                 all_gather_tensor(whole, x, async_op=True).wait()
-            tensors[f"{key}.{sp.name}"] = whole[:model.num_rows[sp.name]].cpu()
+            if log.file is not None:
+                tensors[f"{key}.{sp.name}"] = whole[:model.num_rows[sp.name]].cpu()
     if log.file is None:
         return
     path = log.folder / f"step_{step:06d}.safetensors"
@@ -1199,9 +1350,9 @@ def save_checkpoint(log: Log, model: GPT, optimizers, step: int, seconds: float,
         log.write(f"checkpoint: WARNING: {path} could not be written: {error}; training goes on")
 
 @torch.no_grad()
-def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: dict) -> int:
-    """Put back the state that RESUME means; returns the number of steps done. Called by all ranks. auto takes
-    the newest whole checkpoint of this race, or starts anew if LOG_DIR has none. Raises UserError."""
+def load_checkpoint(log: Log, model: GPT, optimizer: ShardedOptimizer, clock: Clock, identity: dict) -> int:
+    """Load the checkpoint that RESUME names; returns the number of steps done. Called by all ranks. auto is
+    the newest whole one of this race, or a new start if LOG_DIR has no checkpoints. Raises UserError."""
     s, problem, paths = log.settings, None, [Path(log.settings.resume)]
     if s.resume == "auto":
         paths = sorted(Path(s.log_dir).glob("*/step_*.safetensors"), key=os.path.getmtime, reverse=True)
@@ -1216,19 +1367,19 @@ def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: di
             raise UserError(f"{path}: expected a checkpoint of this race, found {', '.join(changed)}; undo "
                             "the change, or unset RESUME to start anew.")
         except UserError as error:
-            log.write(f"checkpoint: passed over: {error}")
+            log.write(f"checkpoint: skipped: {error}")
             problem = problem or error
     else:
         if problem:
             raise UserError(f"RESUME: {problem}", exit_code=2)
         log.write(f"checkpoint: none in {s.log_dir}, starting anew")
         return 0
-    for sp in (sp for optimizer in optimizers for sp in optimizer.sharded_params):
+    for sp in optimizer.sharded_params:
         num_rows, whole = model.num_rows[sp.name], torch.zeros_like(sp.param.data)
         sp.param.data[:num_rows] = tensors[sp.name].to(whole)
         for key, x in sp.state.items():
             whole[:num_rows] = tensors[f"{key}.{sp.name}"].to(whole)
-            x.copy_(whole.chunk(len(whole) // len(x))[dist.get_rank() if dist.is_initialized() else 0])
+            x.copy_(whole.chunk(optimizer.world_size)[optimizer.rank])
     clock.total = float(metadata["seconds"])
     log.write(f"resumed: {path}, step {metadata['step']}, after {clock.total:.1f} s of training")
     return int(metadata["step"])
@@ -1236,56 +1387,50 @@ def load_checkpoint(log: Log, model: GPT, optimizers, clock: Clock, identity: di
 # ----------------------------------------------------------------------------------------------------------
 # Training
 
-def copy_to_host(x: Tensor) -> Callable[[], list[float]]:
-    """Start copying a vector to the host; the function returned waits for it, but not for later work."""
-    if x.device.type == "cpu":
-        return x.tolist
-    host, arrived = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
-    host.copy_(x, non_blocking=True)
-    arrived.record()
-
-    def wait() -> list[float]:
-        arrived.synchronize()
-        return host.tolist()
-    return wait
-
-def train_step(model: GPT, optimizers, loader: TrainLoader, step: int, lr_scale: float, momentum: float,
-               windows: tuple[int, int], stop: Callable[[], int] = int) -> Callable[[], list[float]]:
-    """One optimizer step, number `step` from 1. The function returned waits for it and gives, for all ranks,
-    mean loss, number of requests to stop, and for each parameter whether its gradient was not finite."""
-    loss_sum = torch.zeros((), device=loader.device)
-    for _ in range(loader.num_microbatches // loader.world_size):
-        loss = model(*loader.next_batch(), windows) / loader.num_microbatches
+def train_step(model: GPT, optimizer: ShardedOptimizer, batches, step: int, lr_factor: float, momentum: float,
+               windows: tuple[int, int], stop: Callable[[], int] = int):
+    """One optimizer step, number `step` from 1. Returns its status over all ranks, float32 on the host: mean
+    loss, number of requests to stop, and for each parameter whether its gradient was not finite; and the CUDA
+    event of its arrival there (None on a CPU), so that the host need not wait for later steps."""
+    s, device = model.settings, model.scalars.device
+    num_microbatches = s.num_microbatches(optimizer.world_size)
+    loss_sum = torch.zeros((), device=device)
+    count = num_microbatches // optimizer.world_size
+    for number in range(count):
+        optimizer.last_microbatch = number == count - 1
+        loss = model(*next(batches), windows) / num_microbatches
         loss.backward()  # gradients summed over ranks are those of the mean over the step's microbatches
         loss_sum += loss.detach()
-    for optimizer in optimizers:
-        optimizer.reduce_scatter()
-    largest = [x for optimizer in optimizers for x in optimizer.step(lr_scale, momentum, step)]
-    status = torch.stack([loss_sum / loader.num_tokens, torch.full_like(loss_sum, stop() > 0),
-                          *(~x.isfinite() for x in largest)])
+    optimizer.reduce_scatter()
+    flags = optimizer.step(lr_factor, momentum, step)
+    mean_loss = loss_sum / (s.batch_tokens // num_microbatches)
+    status = torch.stack([mean_loss, torch.full_like(loss_sum, stop() > 0), *flags])
     if dist.is_initialized():
         dist.all_reduce(status)
-    for optimizer in optimizers:
-        optimizer.all_gather()
-    return copy_to_host(status)
+    optimizer.all_gather()
+    status = status.to("cpu", non_blocking=True)  # from a GPU: into pinned memory
+    return status, torch.cuda.current_stream().record_event() if device.type == "cuda" else None
 
-def warm_up(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings) -> int:
-    """Untimed steps at every window size (and evaluations, if compiled), undone bit for bit."""
+def warm_up(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray) -> int:
+    """Untimed steps at every window size (and validation passes, if compiled), undone bit for bit. Returns
+    how many. All take the first batch."""
+    s = model.settings
     if not s.warmup_steps:
         return 0
-    states = [x for o in optimizers for sp in o.sharded_params for x in sp.state.values()]
+    batch = next(batches)
+    states = [x for sp in optimizer.sharded_params for x in sp.state.values()]
     tensors = [*(p.data for p in model.parameters()), *states]
     before = [x.to("cpu", copy=True) for x in tensors]  # not in the GPU's memory
-    windows = sorted({attention_windows(step, s) for step in range(s.num_iterations + 1)})
-    num_steps = max(s.warmup_steps, len(windows))
+    window_pairs = sorted({attention_windows(step, s) for step in range(s.num_iterations + 1)})
+    num_steps = max(s.warmup_steps, len(window_pairs))
     for i in range(num_steps):
-        loader.seek(0)
-        train_step(model, optimizers, loader, i + 1, 1.0, s.muon_momentum_start, windows[i % len(windows)])
-    if s.torch_compile:
-        _, batch = next(validation_batches(val_tokens, s, 0, 1, loader.device))
+        windows = window_pairs[i % len(window_pairs)]
+        train_step(model, optimizer, repeat(batch), i + 1, 1.0, s.muon_momentum_start, windows)
+    if model.kernels.compiled:
+        _, val_batch = next(validation_batches(val_tokens, s, 0, 1, model.scalars.device))
         with torch.no_grad():
-            for pair in windows:
-                model(*batch, pair)
+            for windows in window_pairs:
+                model(*val_batch, windows)
     for x, saved in zip(tensors, before):
         x.copy_(saved)
     return num_steps
@@ -1298,7 +1443,7 @@ def validate(model: GPT, val_tokens: np.ndarray, s: Settings, rank: int, world_s
     losses = torch.zeros(s.val_tokens // s.val_slice_tokens, device=device)
     for number, batch in validation_batches(val_tokens, s, rank, world_size, device):
         losses[number] = model(*batch, windows) / s.val_slice_tokens
-    if world_size > 1:  # a slice's loss is a number on one rank and zero on the others, so the sum is exact
+    if world_size > 1:  # each slice's loss is on one rank and zero on the others, so the sum is exact
         dist.all_reduce(losses)
     return losses.double().mean().item()
 
@@ -1315,26 +1460,27 @@ def catch_signals() -> Callable[[], int]:
 
     return signal_number
 
-def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s: Settings, log: Log,
+def train(model: GPT, optimizer: ShardedOptimizer, batches, val_tokens: np.ndarray, s: Settings, log: Log,
           clock: Clock, identity: dict, first_step: int) -> int:
-    """The race: train and validate until the target or the last step, on a clock that validation stops.
+    """The race: train and validate until the target or the last step; the clock stops during validation.
     Returns the exit code. Raises UserError if the loss or a gradient is not finite."""
-    rank, world_size, stop = loader.rank, loader.world_size, catch_signals()
+    rank, world_size, stop = optimizer.rank, optimizer.world_size, catch_signals()
     stopping, running = False, deque()
-    names = ["the loss", *(f"the gradient of {sp.name}" for o in optimizers for sp in o.sharded_params)]
+    names = ["the loss", *(f"the gradient of {sp.name}" for sp in optimizer.sharded_params)]
 
     def finish_step() -> bool:
         """Wait for the oldest running step and log it; returns whether a rank asked to stop."""
-        step, wait = running.popleft()
-        loss, stops, *flags = wait()
+        step, (status, arrived) = running.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        loss, stops, *flags = status.tolist()
         spoiled = [name for name, flag in zip(names, [not math.isfinite(loss), *flags]) if flag]
         if spoiled:
-            raise UserError(f"step {step}: expected finite numbers, found others in {', '.join(spoiled)}; "
-                            "lower the learning rates, or go on from a checkpoint.")
+            raise UserError(f"step {step}: expected finite numbers, found inf or nan in {', '.join(spoiled)};"
+                            " lower the learning rates, or go on from a checkpoint.")
         log.step(step, loss, clock)
         return stops > 0
 
-    loader.seek(first_step)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would stop the loop for up to half a second
@@ -1354,14 +1500,14 @@ def train(model: GPT, optimizers, loader: TrainLoader, val_tokens: np.ndarray, s
                 log.validation(step, val_loss, clock)
                 last_step = last_step or val_loss <= s.target_loss
             if s.checkpoint_every and step > first_step and (saving or stopping or last_step):
-                save_checkpoint(log, model, optimizers, step, clock.total, identity)
+                save_checkpoint(log, model, optimizer, step, clock.total, identity)
             if last_step or stopping:
                 break
             clock.start()
         running.append((step + 1, train_step(
-            model, optimizers, loader, step + 1, lr_scale(step, s), muon_momentum(step, s),
+            model, optimizer, batches, step + 1, lr_scale(step, s), muon_momentum(step, s),
             attention_windows(step, s), stop)))
-        if loader.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
+        if clock.device.type == "cpu" or len(running) > 1:  # a GPU works while the step before is logged
             stopping |= finish_step()
     if last_step:
         log.result(step, val_loss, clock)
@@ -1384,7 +1530,7 @@ def ensure_demo_data(s: Settings) -> None:
             raise UserError(done.stderr.strip().split("\n")[-1])
 
 def describe_environment() -> list[str]:
-    """What, besides source and settings, it takes to run this again. No environment variable is shown."""
+    """Versions, hardware and git commit. No environment variable is shown."""
     versions = f"CUDA {torch.version.cuda}, Triton {getattr(triton, '__version__', 'none')}"
     lines = [f"Python {sys.version}", f"PyTorch {torch.__version__}, {versions}",
              f"platform: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"]
@@ -1400,16 +1546,16 @@ def describe_run(s: Settings, device: torch.device, why_device: str, world_size:
     """Device, batch and parameter counts, a line each."""
     with torch.device("meta"):
         counts = {name: p.numel() for name, p in GPT(s, Kernels()).named_parameters()}
-    parts, groups = s.num_microbatches(world_size), " + ".join(f"{n:,} {name}" for name, n in counts.items())
+    count, groups = s.num_microbatches(world_size), " + ".join(f"{n:,} {name}" for name, n in counts.items())
     return [f"device: {device.type} ({why_device})",
-            f"batch: {world_size} ranks x {parts // world_size} microbatches x {s.batch_tokens // parts:,} "
+            f"batch: {world_size} ranks x {count // world_size} microbatches x {s.batch_tokens // count:,} "
             f"tokens = {s.batch_tokens:,} tokens/step",
             f"parameters: {sum(counts.values()):,} = {groups}"]
 
 def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> int:
     """From settings to the end of the race; returns the exit code. Raises UserError.
     dry_run: check all that can be checked without training, show the plan, and stop."""
-    begun, source, line = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
+    begun, source, rule = time.monotonic(), Path(__file__).read_text(encoding="utf-8"), "=" * 100
     device, why_device, rank, world_size = init_distributed(s)
     if dry_run:
         gpus = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -1423,30 +1569,31 @@ def run(s: Settings, overrides: list[str], why_preset: str, dry_run: bool) -> in
         return 0
     log = Log(s, rank)
     try:
-        log.write(source, line, *describe_environment(), line, *settings, line, console=False)
+        log.write(source, rule, *describe_environment(), rule, *settings, rule, console=False)
         kernels, why_kernels = choose_kernels(device, s)
         log.write(*about, *why_kernels)
         model = GPT(s, kernels, world_size)
         init_weights(model, s.seed)
         model.to(device)
-        optimizers = make_optimizers(model, s, rank, world_size)
-        loader, clock = TrainLoader(plan, s, rank, world_size, device), Clock(device)
+        optimizer, clock = make_optimizer(model, s, rank, world_size), Clock(device)
         identity = identify_run(s, source, plan, val_tokens, world_size)
-        first_step = load_checkpoint(log, model, optimizers, clock, identity) if s.resume else 0
+        first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         graphs = torch._dynamo.utils.counters["stats"]
-        if s.torch_compile:  # a graph for each window size in training, and another in evaluation
-            torch._dynamo.config.recompile_limit = max(8, 2 * len(s.window_schedule.split(",")))
-            model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
-        num_steps = warm_up(model, optimizers, loader, val_tokens, s)
+        if kernels.compiled:
+            compile_blocks(model)
+        num_steps = warm_up(model, optimizer, train_batches(plan, s, rank, world_size, device, 0), val_tokens)
+        batches = train_batches(plan, s, rank, world_size, device, first_step)
         ready, compiled = f"ready after {time.monotonic() - begun:.1f} s", graphs["unique_graphs"]
         log.write(f"{ready}: {num_steps} warm-up steps, {compiled} graphs compiled")
-        code = train(model, optimizers, loader, val_tokens, s, log, clock, identity, first_step)
+        code = train(model, optimizer, batches, val_tokens, s, log, clock, identity, first_step)
         if s.sample_tokens and s.vocab_size == 257 and code == rank == 0:
-            text = generate(model, attention_windows(s.num_iterations, s), [*b"def "], s.sample_tokens)
-            log.write("what the model writes after 'def ':", bytes(text).decode(errors="replace"))
-        if s.torch_compile:
+            prompt = [int(x) for x in val_tokens[:s.sample_tokens] if x != s.bos_id]
+            text = generate(model, attention_windows(s.num_iterations, s), prompt, s.sample_tokens)
+            before, after = (bytes(x).decode(errors="replace") for x in (prompt, text[len(prompt):]))
+            log.write("--- a text that the model has not seen:", before, "--- how it goes on:", after)
+        if kernels.compiled:
             late = graphs["unique_graphs"] - compiled
-            log.write(f"{'WARNING, on the clock: ' * (late > 0)}compiled since the warm-up: {late} graphs")
+            log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: {late} graphs")
     except BaseException as error:
         log.write(f"ended by {type(error).__name__}: {error}", console=False)
         raise
@@ -1462,7 +1609,7 @@ def generate(model: GPT, windows: tuple[int, int], ids: list[int], length: int, 
         inputs = torch.tensor([s.bos_id, *ids], dtype=torch.int32, device=device)[-len(model.cos):]
         cu_seqlens = torch.tensor([0, len(inputs)], dtype=torch.int32, device=device)
         x = GPT.hidden(model, inputs, cu_seqlens, len(inputs), windows)[-1]  # never the compiled version
-        logits = 30 * torch.sigmoid((model.lm_head.type_as(x) @ x).float() / 7.5)[:s.vocab_size].cpu()
+        logits = softcapped_logits(x, model.lm_head)[:s.vocab_size].cpu()
         token = int(torch.multinomial(torch.softmax(logits / 0.8, 0), 1, generator=generator))
         if token == s.bos_id:  # the document ends
             break
@@ -1471,10 +1618,12 @@ def generate(model: GPT, windows: tuple[int, int], ids: list[int], length: int, 
 
 def main(argv=None) -> int:
     """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
-    demo = "\n    ".join(f"{name} = {value!r}" for name, value in PRESETS["demo"].items())
+    presets = []
+    for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
+        presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.strip().split("\n")[0],
-        epilog=f"{inspect.getsource(Settings)}\nPRESET is speedrun or demo. In the demo:\n    {demo}")
+        epilog="\n".join([inspect.getsource(Settings), *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     args = parser.parse_args(argv)
     try:
@@ -1498,81 +1647,3 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-====================================================================================================
-Python 3.11.7 (main, May  9 2026, 07:35:25) [GCC 12.2.0]
-PyTorch 2.13.0+cpu, CUDA None, Triton 3.7.1
-platform: Linux-6.18.44-fc-v595-x86_64-with-glibc2.36, 2 CPUs, 1 threads
-git rev-parse HEAD: 
-git status --short --untracked-files=no: 
-nvidia-smi: not found
-====================================================================================================
-device: 'auto'
-nproc: 0
-dtype: 'float32'
-fp8_head: True
-torch_compile: False
-seed: 2  (overridden)
-data_path: ''
-train_files: 'data/stdlib-3.11.7/stdlib_train_*.bin'
-val_files: 'data/stdlib-3.11.7/stdlib_val_*.bin'
-log_dir: 'logs'  (overridden)
-checkpoint_every: 0
-resume: ''
-num_iterations: 8  (overridden)
-target_loss: 0.0  (overridden)
-val_loss_every: 0  (overridden)
-val_tokens: 8192  (overridden)
-val_slice_tokens: 8192
-warmup_steps: 3
-sample_tokens: 0  (overridden)
-batch_tokens: 5120
-microbatches: 8
-max_seq_len: 2048
-epochs: 1
-vocab_size: 257
-vocab_multiple: 8
-bos_id: 256
-layout: 'A AM AM AM AM AM AM M AM AM AM AM'
-value_embeds: '012......012'
-window_pattern: 'LSSSLSSLSSSL'
-window_schedule: '3,7,11'
-window_block: 16
-model_dim: 128
-num_heads: 2
-mlp_dim: 256
-attn_scale: 0.12
-gate_channels: 12
-muon_lr: 0.1
-muon_momentum_start: 0.7
-muon_momentum_end: 0.85
-muon_momentum_steps: 50
-adam_lr: 0.016
-adam_beta1: 0.8
-adam_beta2: 0.95
-adam_eps: 1e-10
-embed_lr_mult: 15.0
-head_lr_mult: 1.0
-scalar_lr_mult: 2.0
-cooldown_frac: 0.45
-final_lr_frac: 0.1
-====================================================================================================
-preset: demo, as PRESET says
-device: cpu (no CUDA GPU is here)
-batch: 1 ranks x 8 microbatches x 640 tokens = 5,120 tokens/step
-parameters: 1,611,076 = 33,792 embed + 101,376 value_embeds + 720,896 attn_bank + 264 gate_bank + 720,896 mlp_bank + 33,792 lm_head + 60 scalars
-data: 9,193,919 tokens in 1 shards; the run reads 43,002 in 1 passes, uses 41,024 (95.4%) and drops the rests of cut documents
-kernels: plain PyTorch (the device is a CPU)
-ready after 4.7 s: 3 warm-up steps, 0 graphs compiled
-step:1/8 train_time:1047ms step_avg:1046.72ms train_loss:5.5759
-step:2/8 train_time:2107ms step_avg:1053.26ms train_loss:4.6393
-step:3/8 train_time:3179ms step_avg:1059.72ms train_loss:3.4421
-step:4/8 train_time:4366ms step_avg:1091.46ms train_loss:2.7046
-step:5/8 train_time:5564ms step_avg:1112.83ms train_loss:2.7733
-step:6/8 train_time:6749ms step_avg:1124.79ms train_loss:3.0404
-step:7/8 train_time:8086ms step_avg:1155.10ms train_loss:2.8296
-step:8/8 train_time:9423ms step_avg:1177.86ms train_loss:2.7233
-step:8/8 val_loss:2.7731 train_time:9423ms step_avg:1177.88ms
-target not reached: validation loss 2.7731, target 0, at step 8, after 9.4 s of training
-target_reached:0 target_loss:0 val_loss:2.7731 final_step:8 train_time:9423ms step_avg:1177.88ms
-peak memory allocated: 0 MiB reserved: 0 MiB
