@@ -185,13 +185,11 @@ PRESETS = {
         gate_channels=0, ngram_rows=65_536, ngram_max=5,
         muon_lr=0.06, adam_lr=0.014, adam_beta1=0.7,
     ),
-    # The small race, for ideas: as many tokens for each number of the blocks as the speedrun has, to a fixed
-    # step; see records/2026-11-26_Proxy
+    # A small race for ideas, to a fixed step; records/2026-11-26_Proxy says what it can tell
     "proxy": dict(
         ON_A_CPU,
-        num_iterations=600, target_loss=0.0, val_loss_every=200, val_tokens=65_536,
-        warmup_steps=0, batch_tokens=(3072,),
-        model_dim=64, mlp_dim=128,
+        num_iterations=300, target_loss=0.0, val_loss_every=100, val_tokens=65_536,
+        warmup_steps=0, batch_tokens=(3072,), model_dim=128, mlp_dim=256,
         muon_lr=0.05, adam_lr=0.009,
     ),
     # Record 82 of modded-nanogpt (April 2026: 81.2 s, 364M tokens); see FrontierGPT
@@ -2585,10 +2583,11 @@ class Log:
         target = self.settings.target_loss
         self.write(f"target_reached:{int(val_loss <= target)} target_loss:{target:g} val_loss:{val_loss:.4f} "
                    f"final_step:{step} {clock.times(step)}", console=False)
-        self.write(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
-                   f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB "
-                   f"estimated: {self.estimated_peak >> 20} MiB",
-                   console=clock.device.type == "cuda")
+        memory = (f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                  f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+        if self.estimated_peak:
+            memory += f" estimated: {self.estimated_peak >> 20} MiB"
+        self.write(memory, console=clock.device.type == "cuda")
 
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints: one file in the safetensors layout, LOG_DIR/RUN/step_NNNNNN.safetensors

@@ -119,7 +119,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("MUON_LR", "-0.1", "a number of at least 0"),
     ("TORCH_COMPILE", "maybe", "0 or 1"),
     ("DEVICE", "tpu", "auto, cuda or cpu"),
-    ("PRESET", "fast", "one of speedrun, demo, frontier"),
+    ("PRESET", "fast", "one of speedrun, demo, proxy, frontier"),
     # what does not fit another setting
     ("LAYOUT", "A AM A+ AM AM AM AM M AM AM AM AM", "words such as A, M, AM and A+M"),
     ("LAYOUT", "A AM AM X AM AM AM M AM AM AM AM", "words such as A, M, AM and A+M"),

@@ -84,7 +84,7 @@ def train_three_steps(patches, environment, folder):
     before two matrices that start at zero, as the gates are, changes in the third."""
     module = import_file(patched(ideas.BASE, patches, folder), "patched")
     preset = dict(PRESET="demo", NGRAM_ROWS="0", GATE_CHANNELS="12", WINDOW_SCHEDULE="3,7,11",
-                  BATCH_TOKENS="3072", NUM_ITERATIONS="600")
+                  BATCH_TOKENS="3072", NUM_ITERATIONS="300")
     given, overrides, _ = module.read_settings(preset | environment)
     small = dict(SMALL, microbatches=1, batch_tokens=tuple(n // 48 for n in given.batch_tokens),
                  ngram_rows=given.ngram_rows and 64, ngram_dim=32)
