@@ -28,6 +28,7 @@ if value["width"] == "0":
     sys.exit(2)
 if "--dry-run" in sys.argv:
     lines = [f"  {name}: {x}" for name, x in value.items()]
+    lines.append(f"preset: {os.environ.get('PRESET', 'demo')}, set by PRESET")
     print("settings:", *lines, f"batch: {os.environ.get('NPROC', 1)} ranks", sep="\\n")
     sys.exit()
 print("step:1/4 train_time:1ms step_avg:1.00ms", flush=True)
@@ -105,6 +106,12 @@ def test_versions_run_in_turn_with_the_rounds_seed_and_are_compared_with_the_fir
     head = (racing.out / "a_WIDTH=2/round-02.txt").read_text().partition("\n")[0]
     source = racing.out / head.split()[1].removeprefix("../")
     assert source.read_text() == Path(racing.a).read_text() and len(list(racing.out.glob("*.py"))) == 2
+
+
+def test_a_small_race_says_how_far_it_can_be_trusted(racing, monkeypatch):
+    assert race.SMALL_RACE not in racing.run(racing.a, racing.b, "-n", 1)[2]
+    monkeypatch.setenv("PRESET", "proxy")
+    assert racing.run(racing.a, racing.b, "-n", 2)[2].endswith(f"\n{race.SMALL_RACE}\n")
 
 
 def test_the_same_command_continues_a_race_and_a_larger_n_adds_rounds(racing):
