@@ -257,7 +257,7 @@ def estimate_cards() -> None:
             minutes.append(step * s.num_iterations / 60_000)
         sizes = ", ".join(str(fitted.settings.microbatches) for fitted in fits)
         print(f"| {gpu.name}, {gpu.gigabytes} GB | {sizes} | {fits[0].peak / 2**30:.0f} GiB | "
-              f"{minutes[0]:.0f} min | {minutes[1]:.0f} min |")
+              f"{minutes[0]:.0f} min | {minutes[1]:.1f} min |")
 
 def read_phases(log: str) -> dict[str, float]:
     """phase -> ms in a step, the mean over the attention windows, in a log of phases.py."""
