@@ -70,18 +70,18 @@ def half_interval(differences: list[float], deviation: float) -> float:
     return 1.96 * deviation / len(differences) ** 0.5
 
 
-def pooled_deviation(ideas: list[Idea]) -> float:
-    """The standard deviation of an idea's differences over seeds, pooled; nan with one seed."""
+def pooled_deviation(ideas: list[Idea], base: list[float]) -> float:
+    """The standard deviation of an idea's differences over seeds, pooled; if each has one seed, that of the
+    base's losses; nan if there is only one of these, too."""
     several = [idea.differences for idea in ideas if len(idea.differences) > 1]
     if not several:
-        return np.nan
+        return np.std(base, ddof=1) if len(base) > 1 else np.nan
     variances = [np.var(differences, ddof=1) for differences in several]
     return np.sqrt(np.average(variances, weights=[len(differences) - 1 for differences in several]))
 
 
-def report(ideas: list[Idea], one_percent: float) -> None:
+def report(ideas: list[Idea], deviation: float, one_percent: float) -> None:
     """Print a table, and how far the two races agree."""
-    deviation = pooled_deviation(ideas)
     print("| idea | kind | gain at full size, % | difference here, nats | runs | sign |")
     print("| --- | --- | --- | --- | --- | --- |")
     for idea in sorted(ideas, key=lambda idea: -idea.gain):
@@ -96,15 +96,14 @@ def report(ideas: list[Idea], one_percent: float) -> None:
     for kind in ("winner", "loser"):
         signs = [idea.right for idea in ideas if idea.kind == kind]
         print(f"signs right among {kind}s: {sum(signs)} of {len(signs)}")
-    print(f"standard deviation of an idea's difference over seeds: {deviation:.4f} nats")
+    print(f"standard deviation of a difference over seeds: {deviation:.4f} nats")
     if one_percent:
         rounds = (1.96 * deviation / (0.5 * one_percent)) ** 2
         print(f"0.5 % of the steps is {0.5 * one_percent:.4f} nats: {np.ceil(rounds):.0f} rounds see it")
 
 
-def draw(ideas: list[Idea], path: Path) -> None:
+def draw(ideas: list[Idea], deviation: float, path: Path) -> None:
     """The gain at full size against the difference here, with its 95 % interval."""
-    deviation = pooled_deviation(ideas)
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     for idea in ideas:
@@ -116,7 +115,7 @@ def draw(ideas: list[Idea], path: Path) -> None:
     axis.axhline(0, color="black", lw=0.8)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_xscale("symlog", linthresh=2)
-    axis.set_yscale("symlog", linthresh=0.005)
+    axis.set_yscale("symlog", linthresh=0.01)
     axis.set_xlabel("gain at full size, % of the steps (published)")
     axis.set_ylabel("loss lower in the small race, nats")
     figure.savefig(path, dpi=130)
@@ -132,12 +131,13 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         ideas = read_ideas(args.race, args.half)
+        deviation = pooled_deviation(ideas, list(losses(args.race / "base").values()))
     except (OSError, ReportError) as error:
         print(error, file=sys.stderr)
         return 1
-    report(ideas, args.one_percent)
+    report(ideas, deviation, args.one_percent)
     if args.plot:
-        draw(ideas, args.plot)
+        draw(ideas, deviation, args.plot)
     return 0
 
 
