@@ -44,6 +44,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from itertools import groupby, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -2909,6 +2910,7 @@ def kernels_without_work(s: Settings, card: Card) -> Kernels:
         kernels = kernels._replace(head_loss=head_loss)
     return kernels
 
+@cache
 def estimate_memory(s: Settings, world_size: int, card: Card) -> tuple[int, int]:
     """A rank's peak bytes in training and in validation."""
     stage = max(make_stages(s), key=lambda stage: stage.batch_tokens)
