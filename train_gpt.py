@@ -3352,9 +3352,8 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
     with other_ranks(count):
         return run(s, overrides, notes)
 
-@best_effort_console()
-def main(argv=None) -> int:
-    """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it."""
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """The command line. Ends with --help, or with exit code 2 if it is wrong."""
     presets = []
     for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
         presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
@@ -3363,9 +3362,13 @@ def main(argv=None) -> int:
         description="Train a GPT-2-sized model to a target loss. Every setting is an environment variable:",
         epilog="\n".join([inspect.getsource(Settings), *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+def launch_or_explain(dry_run: bool) -> int:
+    """Launch with the settings of the environment; returns the exit code. A fault that a user can mend is
+    told in one sentence on stderr."""
     try:
-        return launch(*read_settings(os.environ), args.dry_run)
+        return launch(*read_settings(os.environ), dry_run)
     except torch.OutOfMemoryError as error:
         print("MICROBATCHES: expected a step to fit in the GPU's memory; set MICROBATCHES=16 or more, or, in "
               f"validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)
@@ -3380,6 +3383,20 @@ def main(argv=None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks get it
             print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
+    except SystemExit as stop:  # by a signal, before training catches them
+        return stop.code
+
+def main(argv=None) -> int:
+    """Returns the exit code: 0; 2 for settings, 1 for other user errors; 128 + the signal that stopped it. A
+    rank that failed among others ends here at once: destroying its process group would wait for them, and
+    while Python ends in order, threads of a group that is left may abort the process."""
+    with best_effort_console():
+        code = launch_or_explain(parse_arguments(argv).dry_run)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
