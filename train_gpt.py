@@ -38,6 +38,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 import zlib
 from collections import deque
@@ -446,7 +447,7 @@ class Step(NamedTuple):
     token_weights: tuple[float, ...] = (1.0,)  # of the losses of the next, second next, ... token
     tied: bool = True  # whether a tied parameter is still a copy
 
-def stage_starts(s: Settings) -> list[int]:
+def first_steps(s: Settings) -> list[int]:
     """The first step of each stage."""
     count = num_stages(s)
     if s.stage_starts:
@@ -463,7 +464,7 @@ def make_stages(s: Settings) -> list[Stage]:
         return values[k] if len(values) > 1 else values[0]
 
     stages = []
-    for k, first_step in enumerate(stage_starts(s)):
+    for k, first_step in enumerate(first_steps(s)):
         window = value(s.window_schedule, k)
         long_window = window * s.window_block
         stages.append(Stage(
@@ -491,9 +492,9 @@ def make_schedule(s: Settings) -> list[Step]:
         steps.append(Step(
             number=number,
             stage=stage,
-            lr_factor=lr_factor(number, stage.lr_factor, s),
+            lr_factor=cool_down(number, stage.lr_factor, s),
             momentum=muon_momentum(number, s),
-            token_weights=token_weights(number, stages, s),
+            token_weights=fade_token_weights(number, stages, s),
             tied=number <= last_tied,
         ))
     return steps
@@ -508,7 +509,7 @@ def stages_between(schedule: list[Step], left: Stage | None, entered: Stage) -> 
     first = 0 if left is None else stages.index(left) + 1
     return stages[first:stages.index(entered) + 1]
 
-def lr_factor(number: int, factor: float, s: Settings) -> float:
+def cool_down(number: int, factor: float, s: Settings) -> float:
     """The stage's factor, then linear down to final_lr_frac over the last cooldown_frac of the schedule."""
     scheduled = s.num_iterations - s.extension_steps
     left = max(scheduled - number, 0) / scheduled
@@ -525,7 +526,7 @@ def muon_momentum(number: int, s: Settings) -> float:
         done = min(done, left / s.muon_momentum_cooldown)
     return (1 - done) * s.muon_momentum_start + done * s.muon_momentum_end
 
-def token_weights(number: int, stages: list[Stage], s: Settings) -> tuple[float, ...]:
+def fade_token_weights(number: int, stages: list[Stage], s: Settings) -> tuple[float, ...]:
     """TOKEN_WEIGHTS, of which each stage fades out the last that is left, but never the first (record 53,
     @varunneal): with three weights, (1, b, c -> 0), then (1, b -> 0, 0), then (1, 0, 0)."""
     begun = [stage.first_step for stage in stages if stage.first_step <= number]
@@ -537,7 +538,7 @@ def token_weights(number: int, stages: list[Stage], s: Settings) -> tuple[float,
     if left > 0:
         ends = [stage.first_step for stage in stages if stage.first_step > number]
         length = (ends[0] if ends else s.num_iterations) - begun[-1]
-        weights[left] *= 1 - (number - begun[-1]) / length
+        weights[left] *= 1 - (number - begun[-1]) / max(length, 1)  # 0: of a stage that is only validated
     return tuple(weights)
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1123,7 +1124,8 @@ def yarn_attn_scale(scale: float, windows: tuple[int, ...]) -> float:
     return scale
 
 # The gradient of a table is an operation of its own, PyTorch's: torch.compile would add up the rows in a
-# float32 table and round that to the table's dtype, which moves several times the bytes.
+# float32 table and round that to the table's dtype, which moves several times the bytes. Record 30, above,
+# has F.embedding, with which it was measured on a GPU.
 
 @torch.library.custom_op("train_gpt::table_gradient", mutates_args=())
 def table_gradient(row_grads: Tensor, ids: Tensor, num_rows: int) -> Tensor:
@@ -1836,7 +1838,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_args, scale: float) ->
     return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(window, 0))
 
 def compile_blocks(model: Network) -> None:
-    """torch.compile for the blocks: a graph for each stage, in training and in validation."""
+    """torch.compile for the blocks: a graph for each stage, in training and in validation. Sets the limit of
+    graphs in this process."""
     num_graphs = 1 + 2 * len(make_stages(model.settings))  # and one in KernelTrial
     torch._dynamo.config.recompile_limit = max(8, num_graphs)
     model.hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True)
@@ -1848,17 +1851,16 @@ def count_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 class KernelTrial:
-    """A network with random weights and tokens, and random matrices: a case on which kernels are compared. Of
-    GPT, one block."""
+    """A network with random weights and tokens, and random matrices: a small case, on which a kernel is
+    compared with the one that it would replace. Of GPT, one block."""
     def __init__(self, device: torch.device, s: Settings):
         self.settings = s = replace(s, layout="AM", value_embeds="0", window_pattern="L",
                                     batch_tokens=(1024,), microbatches=1, val_slice_tokens=1024)
         stage = make_stages(s)[0]
         self.step = make_schedule(s)[0]._replace(stage=stage._replace(long_window=384, short_window=384))
-        self.plain_kernels = NETWORKS[s.network].plain_kernels
         torch.manual_seed(0)
         with device:  # 120 million random numbers: a GPU draws them at once, a CPU in three seconds
-            self.model = NETWORKS[s.network](s, self.plain_kernels)
+            self.model = NETWORKS[s.network](s, NETWORKS[s.network].plain_kernels)
         for name, row in self.model.rows.items():  # logits and gates get values in their useful range
             p = getattr(self.model, name).data
             p.normal_(0, 1 if "embed" in name or name == "scalars" else 0.04)
@@ -1872,10 +1874,17 @@ class KernelTrial:
         starts = torch.tensor([0, 7, 300, 301, 900, 1024, 1024], dtype=torch.int32, device=device)
         self.batch = Batch(tokens[:-1].int(), tokens[1:], starts, 640)
         self.matrices = torch.randn(3, s.model_dim, s.mlp_dim, device=device)
-        self.expected = self.results(self.plain_kernels)
 
-    def results(self, kernels: Kernels) -> dict[str, Tensor]:
-        """Loss, gradients and orthogonalised matrices. Compiled kernels stay compiled: try them last."""
+    def results(self, kind: str, kernels: Kernels) -> dict[str, Tensor]:
+        """What the kernels of a kind give: Newton-Schulz and Adam a matrix, the others loss and gradients.
+        Compiled blocks stay compiled: try them last."""
+        if kind == "Newton-Schulz":
+            return {"matrix": newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)}
+        if kind == "Adam":
+            p, grad, *moments = (x.clone() for x in (*self.matrices[:2], *self.matrices[1:].square()))
+            rate = torch.full((), 0.1, device=p.device)
+            kernels.cautious_adam(p, grad, *moments, rate, rate, (0.5, 0.95), 0.75)
+            return {"weights": p}
         model = self.model
         model.kernels = kernels
         model.zero_grad()
@@ -1884,29 +1893,21 @@ class KernelTrial:
         loss, _ = model.training_loss(self.batch, self.step)
         loss.backward()
         names = [name for name, row in model.rows.items() if not row.tiny and name != "value_embeds"]
-        results = {f"gradient of {name}": getattr(model, name).grad for name in names}
-        results["loss"] = loss.detach()
-        results["Newton-Schulz"] = newton_schulz(self.matrices, self.settings.torch_dtype, kernels.XXT)
-        p, grad, *moments = (x.clone() for x in (*self.matrices[:2], *self.matrices[1:].square()))
-        rate = torch.full((), 0.1, device=p.device)
-        kernels.cautious_adam(p, grad, *moments, rate, rate, (0.5, 0.95), 0.75)
-        results["Adam"] = p
-        return results
+        gradients = {f"gradient of {name}": getattr(model, name).grad for name in names}
+        return {"loss": loss.detach()} | gradients
 
-    def error(self, kernels: Kernels) -> tuple[Tensor, str]:
-        """The largest relative error among the results, float32, (), with inf for nan; and its name."""
-        results = self.results(kernels)
-        names = list(self.expected)
-        errors = [(results[name] - x.float()).norm() / x.float().norm() for name, x in self.expected.items()]
-        errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
-        return errors.max(), names[int(errors.argmax())]
+def largest_error(results: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[Tensor, str]:
+    """The largest relative error among some results, float32, (), with inf for nan; and its name."""
+    errors = [(results[name] - x.float()).norm() / x.float().norm() for name, x in expected.items()]
+    errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
+    return errors.max(), list(expected)[int(errors.argmax())]
 
 class Candidate(NamedTuple):
     """A fast kernel that a run may take."""
     kind: str  # what it computes
     name: str
     fields: dict  # of Kernels
-    tolerance: float  # of the relative error on KernelTrial
+    tolerance: float  # of the relative error on KernelTrial, against the kernel that it would replace
     prepare: Callable = lambda: None  # is called before the trial
     advice: str = ""  # for the log if this is taken: what would be faster
 
@@ -1965,14 +1966,49 @@ def nvidia_capability(device: torch.device) -> tuple[int, int]:
 def restore_flash_attention_2() -> None:
     torch.nn.attention.restore_flash_attention_impl(False)  # False: no warning if it is active already
 
+def candidates_of_all_ranks(device: torch.device, s: Settings) -> list[Candidate]:
+    """Those that every rank can try, since each trial ends with a collective: GPUs may differ."""
+    candidates = list_candidates(nvidia_capability(device), s)
+    if not dist.is_initialized():
+        return candidates
+    names = [(candidate.kind, candidate.name) for candidate in candidates]
+    of_ranks = [names] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, names)
+    shared = set(names).intersection(*of_ranks)
+    return [candidate for candidate, name in zip(candidates, names) if name in shared]
+
+def try_candidate(trial: KernelTrial, candidate: Candidate, kernels: Kernels, expected) -> tuple[float, str]:
+    """How far its results are from the expected ones, over all ranks, and where; if it fails, inf and why."""
+    error = torch.full((), math.inf, device=trial.matrices.device)
+    try:
+        candidate.prepare()
+        error, where = largest_error(trial.results(candidate.kind, kernels), expected)
+    except Exception as raised:  # whatever fails, use another
+        where = repr(raised)
+    if dist.is_initialized():
+        dist.all_reduce(error, op=dist.ReduceOp.MAX)
+    return error.item(), where
+
+def require_compiler() -> None:
+    """Raises UserError (exit code 2) if torch.compile does not work on this machine's CPU."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8))
+    except Exception as error:  # it has many classes of them
+        raise UserError("TORCH_COMPILE: expected a C++ compiler, which torch.compile needs on a CPU, found: "
+                        f"{str(error).splitlines()[0]}; install one, such as g++, or set TORCH_COMPILE=0.",
+                        exit_code=2) from None
+
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and a line for each kind that gives the choice and its reason. On a GPU, a
-    fast kernel, beside those chosen before it, must agree with the plain ones on KernelTrial on all ranks."""
+    fast kernel must agree on KernelTrial, on all ranks, with the plain one in its place, beside those chosen
+    before it. Draws random numbers, and switches PyTorch to the FlashAttention that it takes."""
     if device.type == "cpu":
+        if s.torch_compile:
+            require_compiler()
         plain = NETWORKS[s.network].plain_kernels
         return plain._replace(compiled=s.torch_compile), ["kernels: plain PyTorch (the device is a CPU)"]
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave nan for some masks (pytorch issue 196678)
-    candidates = list_candidates(nvidia_capability(device), s)
+    candidates = candidates_of_all_ranks(device, s)
     trial = KernelTrial(device, s) if candidates else None
     chosen = NETWORKS[s.network].plain_kernels
     lines = []
@@ -1983,32 +2019,27 @@ def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str
         taken = ""
         warning = ""
         rejected = []
-        for candidate in candidates:
-            if candidate.kind != kind or taken:
-                continue
+        of_kind = [candidate for candidate in candidates if candidate.kind == kind]
+        expected = trial.results(kind, chosen) if of_kind else {}
+        for candidate in of_kind:
             tried = chosen._replace(**candidate.fields)
-            error = torch.tensor(math.inf, device=device)
-            where = ""
-            try:
-                candidate.prepare()
-                error, where = trial.error(tried)
-            except Exception as raised:  # whatever fails, use another
-                where = repr(raised)
-            if dist.is_initialized():
-                dist.all_reduce(error, op=dist.ReduceOp.MAX)
-            if error <= candidate.tolerance:
-                chosen = tried
-                taken = f"{candidate.name}; {error:.1e} from plain PyTorch on a small case{candidate.advice}"
-            else:
-                rejected.append(f"; {candidate.name} was {error:.1e} from plain PyTorch on a small case, "
-                                f"more than {candidate.tolerance:g} ({where})")
-            if rejected or candidate.advice:
+            error, where = try_candidate(trial, candidate, tried, expected)
+            fits = error <= candidate.tolerance
+            if candidate.advice or not fits:
                 warning = "WARNING: "
+            if fits:
+                chosen = tried
+                taken = f"{candidate.name}; {error:.1e} from what it replaces{candidate.advice}"
+                break
+            rejected.append(f"; {candidate.name} was {error:.1e} from what it would replace, "
+                            f"more than {candidate.tolerance:g} ({where})")
         if not taken and rejected:
             taken = "plain PyTorch, much slower"
         elif not taken:
             taken = f"plain PyTorch (nothing else for DTYPE={s.dtype} and TORCH_COMPILE={s.torch_compile:d})"
         lines.append(f"{kind}: {warning}{taken}{''.join(rejected)}")
+    del trial
+    gc.collect()  # a compiled model refers to itself, and would keep its memory
     return chosen, lines
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2333,18 +2364,22 @@ def read_launcher(environ) -> Launcher:
         raise UserError("RANK: expected a rank below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, "
                         f"found {launched}; {START_ANEW}", exit_code=2)
     if launched.world_size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if not environ.get(name):
-                raise UserError(f"{name}: expected where rank 0 is, beside WORLD_SIZE, found none; "
-                                f"{START_ANEW}", exit_code=2)
+        if not environ.get("MASTER_ADDR"):
+            raise UserError("MASTER_ADDR: expected where rank 0 is, beside WORLD_SIZE, found none; "
+                            f"{START_ANEW}", exit_code=2)
+        port = environ.get("MASTER_PORT", "")
+        if not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError("MASTER_PORT: expected the port of rank 0, 1 to 65535, beside WORLD_SIZE, found "
+                            f"{port!r}; {START_ANEW}", exit_code=2)
     return launched
 
 def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 def choose_device(s: Settings, launched: Launcher) -> tuple[torch.device, str]:
-    """The device of this process and a line that says why. Raises UserError (exit code 2) if there are too
-    few GPUs, or as many ranks as cannot share a step."""
+    """The device of this process, which becomes PyTorch's current one, and a line that says why. Raises
+    UserError (exit code 2) if there are too few GPUs, if they cannot compute in bfloat16 as DTYPE says, or if
+    so many ranks cannot share a step."""
     if problem := world_size_problem(s, launched.world_size):
         raise UserError(problem, exit_code=2)
     gpus = count_gpus()
@@ -2380,6 +2415,17 @@ def count_processes(s: Settings, device: torch.device) -> int:
     most = count_gpus() if device.type == "cuda" else min(count_cores(), s.microbatches)
     counts = [count for count in range(1, most + 1) if not world_size_problem(s, count)]
     return max(counts, default=1)
+
+def idle_gpus(s: Settings, device: torch.device, count: int) -> list[str]:
+    """A line that says so if `count` processes leave GPUs of this machine idle, which cannot share a step."""
+    gpus = count_gpus()
+    if device.type == "cpu" or s.nproc or count >= gpus or not world_size_problem(s, gpus):
+        return []
+    line = f"GPUs: WARNING: {count} of {gpus} are used, since so many ranks cannot share a step"
+    microbatches = math.lcm(s.microbatches, gpus)
+    if not world_size_problem(replace(s, microbatches=microbatches), gpus):
+        line += f"; MICROBATCHES={microbatches} uses all"
+    return [line]
 
 def threads_of_each(count: int) -> int:
     """Threads of one of `count` processes that share the CPU: OMP_NUM_THREADS, or its share of the cores."""
@@ -2444,20 +2490,25 @@ def watch_connecting(launched: Launcher, connected: threading.Event) -> None:
             os._exit(128 + signal.SIGHUP)
 
 def connect(device: torch.device, launched: Launcher) -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks, and make their process group. Raises UserError if they cannot meet."""
     if launched.world_size == 1:
         return
     connected = threading.Event()
     threading.Thread(target=watch_connecting, args=(launched, connected), daemon=True).start()
     # Python's handlers would be called only when all ranks have come: until then, signals end this one
     handlers = handle_stop_signals(signal.SIG_DFL)
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
-                            device_id=device if cuda else None)
-    dist.barrier()  # a rank that ends with an error must not do so while others still connect
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                                device_id=device if cuda else None)
+        dist.barrier()  # a rank that ends with an error must not do so while others still connect
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"expected {launched.world_size} ranks to meet at {place} (MASTER_ADDR, "
+                        f"MASTER_PORT), found: {error}", rank=launched.rank) from None
     connected.set()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -2600,8 +2651,9 @@ class Log:
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 # Settings that may differ when a run goes on: where it runs, and when it looks, saves and stops. Of the data,
 # the tokens count, not the places.
-FREE_TO_CHANGE = {"device", "nproc", "log_dir", "data_path", "train_files", "val_files", "checkpoint_every",
-                  "resume", "sample_tokens", "target_loss", "val_loss_every"}
+OF_A_MACHINE = {"device", "nproc", "log_dir", "data_path", "train_files", "val_files"}
+FREE_TO_CHANGE = OF_A_MACHINE | {"checkpoint_every", "resume", "sample_tokens", "target_loss",
+                                 "val_loss_every"}
 SIZES = "microbatches", "val_slice_tokens"  # are fitted to the GPU's memory, unless the environment sets them
 
 def checkpoint_hash(header: dict, payload: list) -> str:
@@ -2633,24 +2685,39 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         os.fsync(file.fileno())
     unfinished.replace(path)
 
+def read_header(path: Path) -> tuple[dict, int]:
+    """The header of a file of write_safetensors, and its size [bytes] in the file. Raises OSError, and
+    ValueError if there is none."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("no header")
+        return json.loads(file.read(size)), 8 + size
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file of write_safetensors. Raises UserError unless every byte is right."""
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        header, begin = read_header(path)
+        data = np.fromfile(path, dtype=np.uint8, offset=begin)
         tensors = {}
-        begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:begin].tobytes())
         expected = header["__metadata__"].pop("sha256")
-        if checkpoint_hash(header, [data[begin:]]) != expected:
+        if checkpoint_hash(header, [data]) != expected:
             raise ValueError(f"a SHA-256 other than {expected}")
         metadata = header.pop("__metadata__") | dict(sha256=expected)
         for name, about in header.items():
             first, last = about["data_offsets"]
-            raw = torch.from_numpy(data[begin + first:begin + last].copy())  # copied for its alignment
+            raw = torch.from_numpy(data[first:last].copy())  # copied for its alignment
             tensors[name] = raw.view(DTYPES[about["dtype"]]).view(about["shape"])
         return tensors, metadata
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: expected a whole checkpoint, found {error!r}; name another.") from None
+
+def read_source() -> str:
+    """This script."""
+    return Path(__file__).read_text(encoding="utf-8")
+
+def hash_of(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
 
 def settings_of_race(s: Settings) -> dict:
     """Those that must be the same for a run to continue from a checkpoint, as a checkpoint has them."""
@@ -2658,7 +2725,8 @@ def settings_of_race(s: Settings) -> dict:
 
 def read_saved_sizes(s: Settings) -> dict[str, int]:
     """SIZES in the checkpoint from which RESUME goes on: that of the highest step whose other settings are
-    these. Empty if there is none. Whether the file is whole is checked when it is loaded."""
+    these, and if it is to be found, whose source is this one. Empty if there is none. Whether the file is
+    whole is checked when it is loaded."""
     paths = []
     if s.resume == "auto":
         paths = checkpoints_in(s.log_dir)
@@ -2666,22 +2734,37 @@ def read_saved_sizes(s: Settings) -> dict[str, int]:
         paths = [Path(s.resume)]
     for path in paths:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header, _ = read_header(path)
             theirs = json.loads(header["__metadata__"]["run"])
             sizes = {name: theirs[name] for name in SIZES}
-            if settings_of_race(replace(s, **sizes)).items() <= theirs.items():
+            expected = settings_of_race(replace(s, **sizes))
+            if s.resume == "auto":
+                expected["source"] = hash_of(read_source())
+            if expected.items() <= theirs.items():
                 return sizes
     return {}
 
 def identify_run(s: Settings, source: str, plan: PackingPlan, val_tokens: np.ndarray, world_size: int):
     """What must be the same for a run to continue from a checkpoint, by name."""
     same = settings_of_race(s)
-    same |= dict(source=hashlib.sha256(source.encode()).hexdigest(),
+    same |= dict(source=hash_of(source),
                  training_data=[shard.checksum for shard in plan.shards if shard.checksum is not None],
                  validation_data=zlib.crc32(val_tokens),
                  microbatches_of_a_step=s.num_microbatches(world_size))
     return same
+
+def require_same_run(identity: dict, s: Settings) -> None:
+    """Raises UserError on all ranks unless what identify_run says, and all settings but those of a machine,
+    are the same on all."""
+    mine = identity | {name: x for name, x in asdict(s).items() if name not in OF_A_MACHINE}
+    of_ranks = [mine] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    first = of_ranks[0]
+    for rank, other in enumerate(of_ranks):
+        names = [name for name in first if other.get(name) != first[name]]
+        if names:
+            raise UserError(f"rank {rank}: expected the settings, script and data of rank 0, found another "
+                            f"{', '.join(names)}; start all nodes with the same.")
 
 def save_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, step: int, seconds: float,
                     identity: dict) -> None:
@@ -2913,8 +2996,8 @@ def kernels_without_work(s: Settings, card: Card) -> Kernels:
 @cache
 def estimate_memory(s: Settings, world_size: int, card: Card) -> tuple[int, int]:
     """A rank's peak bytes in training and in validation."""
-    stage = max(make_stages(s), key=lambda stage: stage.batch_tokens)
-    step = make_schedule(s)[stage.first_step]
+    step = max(make_schedule(s)[:-1], key=lambda step: step.stage.batch_tokens)
+    stage = step.stage
     count = s.num_microbatches(world_size)
 
     def batch(num_tokens: int) -> Batch:
@@ -3266,7 +3349,7 @@ def prepare(s: Settings, overrides: list[str], about: list[str], world_size: int
 
 def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     """A rank's run, from settings to the end of the race; returns the exit code. Raises UserError."""
-    source = Path(__file__).read_text(encoding="utf-8")
+    source = read_source()
     separator = "=" * 100
     launched = read_launcher(os.environ)
     rank = launched.rank
@@ -3282,11 +3365,16 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
         cards *= world_size
         dist.all_gather_object(cards, cards[0])
     s, about_memory, peak = fit_memory(s, overrides, world_size, cards)
-    notes = [*notes, why_device, *about_memory]
+    notes = [*notes, why_device, *idle_gpus(s, device, world_size), *about_memory]
     val_tokens, plan, settings, about = prepare(s, overrides, notes, world_size)
+    identity = identify_run(s, source, plan, val_tokens, world_size)
+    if world_size > 1:
+        require_same_run(identity, s)
     log = Log(s, rank, peak)
     try:
-        log.write(source, separator, *describe_environment(), separator, *settings, separator, console=False)
+        if rank == 0:
+            environment = describe_environment()
+            log.write(source, separator, *environment, separator, *settings, separator, console=False)
         kernels, why_kernels = choose_kernels(device, s)
         log.write(*about, *why_kernels)
         model = NETWORKS[s.network](s, kernels, world_size)
@@ -3294,7 +3382,6 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
         model.to(device)
         optimizer = make_optimizer(model, rank, world_size)
         clock = Clock(device)
-        identity = identify_run(s, source, plan, val_tokens, world_size)
         first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
         if kernels.compiled:
             compile_blocks(model)
@@ -3338,7 +3425,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
         ensure_demo_data(s)
         gpus = range(count if device.type == "cuda" else 0)
         fitted = fit_memory(s, overrides, count, [read_card(torch.device("cuda", i)) for i in gpus])
-        notes_of_all = [*notes, why_device, *fitted.about]
+        notes_of_all = [*notes, why_device, *idle_gpus(s, device, count), *fitted.about]
         prepared = prepare(fitted.settings, overrides, notes_of_all, count)
     if dry_run:
         settings = ["  " + setting for setting in prepared.settings]
@@ -3348,7 +3435,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
         return run(s, overrides, notes)
     if device.type == "cuda":  # torchrun ends all ranks if one fails; NCCL would wait for it
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
     with other_ranks(count):
         return run(s, overrides, notes)
 
@@ -3370,8 +3457,8 @@ def launch_or_explain(dry_run: bool) -> int:
     try:
         return launch(*read_settings(os.environ), dry_run)
     except torch.OutOfMemoryError as error:
-        print("MICROBATCHES: expected a step to fit in the GPU's memory; set MICROBATCHES=16 or more, or, in "
-              f"validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)
+        print("MICROBATCHES: expected a step to fit in the GPU's memory; set more microbatches than the log "
+              f"shows, or, in validation, a smaller VAL_SLICE_TOKENS. {error}", file=sys.stderr)
         return 1
     except (UserError, OSError) as error:
         rank = getattr(error, "rank", None)
@@ -3391,7 +3478,13 @@ def main(argv=None) -> int:
     rank that failed among others ends here at once: destroying its process group would wait for them, and
     while Python ends in order, threads of a group that is left may abort the process."""
     with best_effort_console():
-        code = launch_or_explain(parse_arguments(argv).dry_run)
+        try:
+            code = launch_or_explain(parse_arguments(argv).dry_run)
+        except Exception:  # a fault of the program
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            code = 1
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

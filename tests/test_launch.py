@@ -133,16 +133,44 @@ def test_several_gpus_are_started_by_torchrun_after_the_data_are_checked(
         data, run_main, monkeypatch, pretend_gpus):
     started = []
     monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments) or sys.exit(7))
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "-O", "train_gpt.py"])
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "train_gpt.py"])  # torchrun has no -u
     pretend_gpus(8)
     s = replace(data, device="cuda", nproc=0)
-    with pytest.raises(SystemExit, match="7"):
-        run_main(**overrides(s), NPROC=None)
+    assert run_main(**overrides(s), NPROC=None)[0] == 7
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
-    assert started == [[*torchrun, "-O", "train_gpt.py"]]
+    assert started == [[*torchrun, "train_gpt.py"]]
     code, _, said = run_main(**overrides(replace(s, train_files="/nowhere/*.bin")), NPROC=None)
     assert code == 1 and said.startswith("TRAIN_FILES: expected token shards at /nowhere/*.bin")
     assert len(started) == 1
+
+
+IDLE = "are used, since so many ranks cannot share a step"
+
+
+@pytest.mark.parametrize("gpus, count, microbatches, expected", [
+    (8, 8, 8, None), (6, 4, 8, f"4 of 6 {IDLE}; MICROBATCHES=24 uses all"),
+    (5, 4, 8, f"4 of 5 {IDLE}"), (6, 6, 24, None)])  # fmt: skip
+def test_gpus_that_are_left_idle_are_told(monkeypatch, pretend_gpus, gpus, count, microbatches, expected):
+    pretend_gpus(gpus)
+    s = replace(train_gpt.Settings(), microbatches=microbatches)
+    cuda = torch.device("cuda")
+    assert train_gpt.count_processes(s, cuda) == count
+    assert train_gpt.idle_gpus(s, cuda, count) == ([f"GPUs: WARNING: {expected}"] if expected else [])
+    assert train_gpt.idle_gpus(replace(s, nproc=1), cuda, 1) == train_gpt.idle_gpus(s, CPU, 1) == []
+
+
+def other_rate(rank):
+    if rank:
+        os.environ["MUON_LR"] = "0.001"
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_are_one_sentence(data):
+    """As when a variable is set on one of two nodes."""
+    said = ran(replace(data, microbatches=2), other_rate, ranks=2, code=1)
+    assert "rank 1: expected the settings, script and data of rank 0, found another muon_lr; start" in said
+    assert not Path(data.log_dir).exists()
 
 
 def two_ranks(data, **changes):
@@ -206,6 +234,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("act, code, expected", [
     ("atexit.register(os.abort); raise train_gpt.UserError('the file was cut', rank=1)", 1,
      "rank 1: the file was cut\nrank 1 ended with exit code 1\n"),
+    ("atexit.register(os.abort); sys.tracebacklimit = 0; raise ValueError('a fault of the program')", 1,
+     "ValueError: a fault of the program\nrank 1 ended with exit code 1\n"),
     ("os.kill(os.getpid(), 9)", 1, "rank 1 ended with exit code -9\n"),
 ])  # fmt: skip
 def test_a_rank_that_fails_ends_the_run_with_a_sentence(data, tmp_path, act, code, expected):

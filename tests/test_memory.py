@@ -152,7 +152,7 @@ def test_of_two_ranks_the_smaller_card_counts(data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resume", ["auto", "path"])
-def test_a_run_that_goes_on_with_another_card_keeps_the_sizes_of_its_checkpoint(data, resume):
+def test_a_run_that_goes_on_with_another_card_keeps_the_sizes_of_its_checkpoint(data, monkeypatch, resume):
     s = replace(data, **STEP | dict(checkpoint_every=2))
     ran(s, Cards(2**40), MICROBATCHES=16)
     *_, before, newest = sorted(Path(s.log_dir).glob("*/step_*.safetensors"))
@@ -160,9 +160,30 @@ def test_a_run_that_goes_on_with_another_card_keeps_the_sizes_of_its_checkpoint(
     s = replace(s, resume="auto" if resume == "auto" else str(before))
     assert train_gpt.read_saved_sizes(s) == dict(microbatches=16, val_slice_tokens=64)
     assert train_gpt.read_saved_sizes(replace(s, num_heads=4)) == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "read_source", lambda: "another script")
+        assert (train_gpt.read_saved_sizes(s) == {}) == (resume == "auto"), "auto would not go on from it"
     said = ran(s, Cards(2**40), MICROBATCHES=None)
     assert "; as in the checkpoint: MICROBATCHES=16\n" in said
     assert re.search(r"^resumed: .*, step 4, ", said, re.M) and "\nstep:6/6 " in said
+
+
+def test_a_file_that_is_no_checkpoint_has_no_sizes(small, tmp_path):
+    """As one of torch.save: a header of so many bytes would not fit into memory."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"PK\x03\x04" + bytes(range(100)))
+    assert train_gpt.read_saved_sizes(replace(small, resume=str(path))) == {}
+    with pytest.raises(train_gpt.UserError, match="expected a whole checkpoint, found .*no header"):
+        train_gpt.read_safetensors(path)
+
+
+def test_the_estimate_is_of_the_stages_that_are_trained(small):
+    """Of three stages, one step trains the first, and another is only validated."""
+    s = replace(small, num_iterations=1, batch_tokens=(512, 1024, 2048))
+    one = replace(small, num_iterations=1)
+    card = Card("a card", 80 * GIB, HOPPER)
+    expected = train_gpt.estimate_memory(one, 1, card)[0]
+    assert train_gpt.estimate_memory(s, 1, card)[0] == pytest.approx(expected, rel=0.02)
 
 
 def test_a_checkpoint_decides_both_sizes(monkeypatch):

@@ -137,6 +137,23 @@ def a_kernel_that_disagrees_on_one_rank_is_taken_by_none(rank, world_size, folde
     assert kernels.XXT is train_gpt.XXT and kernels.attention is train_gpt.flash_attention, lines
 
 
+def unlike_gpus_try_what_all_of_them_have(rank, world_size, folder):
+    """Each trial ends with a collective: one more on a rank would wait for ever."""
+    from test_kernels import OnCPU, plain_varlen
+
+    with pytest.MonkeyPatch.context() as patch, OnCPU():
+        patch.setattr(torch, "compile", lambda function, **_: function)
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9 if rank else 6))
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+        patch.setattr(train_gpt, "symmetric_XXT", train_gpt.XXT)
+        s = settings(dtype="bfloat16", vocab_multiple=16)
+        names = [candidate.name for candidate in train_gpt.list_candidates((8, 9), s)]
+        assert "float8, fused loss" in names, "which rank 0 lacks"
+        _, lines = train_gpt.choose_kernels(torch.device("cuda"), s)
+    assert lines[1].startswith("head: plain PyTorch "), lines
+    assert len({*from_all_ranks("".join(lines), world_size)}) == 1
+
+
 def make_check(check, rank, world_size, folder, store, wrong):
     """A rank's process: makes a check and writes what was wrong to a file."""
     torch.set_num_threads(1)
@@ -161,7 +178,8 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 @pytest.mark.parametrize("check", [train_steps_are_those_of_one_rank,
-                                   a_kernel_that_disagrees_on_one_rank_is_taken_by_none])
+                                   a_kernel_that_disagrees_on_one_rank_is_taken_by_none,
+                                   unlike_gpus_try_what_all_of_them_have])
 def test_several_ranks(folder, tmp_path, monkeypatch, world_size, check):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # a path on which the server finds conftest.py
     wrong, ranks = [tmp_path / f"rank_{rank}" for rank in range(world_size)], []

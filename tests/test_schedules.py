@@ -50,6 +50,17 @@ def test_a_setting_with_several_values_has_one_for_each_stage_and_one_value_hold
     assert [step.stage for step in train_gpt.make_schedule(s)] == [first] * 3 + [second] * 2
 
 
+def test_the_weights_of_later_tokens_hold_in_a_stage_that_is_only_validated():
+    frontier = replace(train_gpt.Settings(), **train_gpt.PRESETS["frontier"])
+    one_stage = dict(window_schedule=(3,), batch_tokens=(131_072,), max_seq_len=(896,),
+                     stage_lr_factors=(1.0,))
+    s = replace(frontier, num_iterations=10, extension_steps=0, **one_stage)
+    *steps, last = train_gpt.make_schedule(s)
+    assert steps[0].token_weights == (1.0, 0.5, 0.25) and last.token_weights == (1.0, 0.5, 0.0)
+    fading = [0.25 * (1 - i / 10) for i in range(10)]
+    assert [step.token_weights[2] for step in steps] == pytest.approx(fading)
+
+
 def test_a_run_that_is_shorter_than_its_stages_leaves_some_out():
     schedule = train_gpt.make_schedule(replace(RACE, num_iterations=1))
     assert [step.stage.long_window for step in schedule] == [384, 896]

@@ -293,6 +293,8 @@ def test_dry_run_plans_as_many_ranks_as_gpus_and_batch_allow(data, run_main, pre
     (dict(WORLD_SIZE=2, RANK=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "RANK"),
     (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2), "MASTER_ADDR"),
     (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, MASTER_ADDR="here"), "MASTER_PORT"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, MASTER_ADDR="here", MASTER_PORT="x"),
+     "MASTER_PORT"),
 ])
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
 def test_a_launchers_variable_that_is_missing_or_wrong_is_one_sentence(
