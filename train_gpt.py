@@ -55,15 +55,19 @@ from typing import Callable, NamedTuple
 START = time.monotonic()
 PARENT = os.getppid()  # the process that started this one; it changes if that one dies
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.optim.adam import adam
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing: take the Python that has it (. .venv/bin/activate, if ./run.sh has "
+             "made it), or install what requirements.txt lists.")
 
 try:
     import triton
@@ -104,7 +108,7 @@ class Settings:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, in name order
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, likewise
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save every so many steps, at a stop and at the end; 0: never
+    checkpoint_every: int = 0  # [steps] save so often, at a stop and at the end; two stay; 0: never
     resume: str = ""  # checkpoint to continue from; auto: that of the highest step in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
@@ -243,15 +247,21 @@ def num_stages(s: Settings) -> int:
     """As many as the longest of the settings with a value for each stage says."""
     return max(len(getattr(s, name)) for name in BY_STAGE)
 
-def world_size_problem(s: Settings, world_size: int) -> str:
-    """Why `world_size` ranks cannot share a step, or ''."""
+def can_share(s: Settings, world_size: int) -> bool:
+    """Whether so many ranks get equal shares of a step's microbatches, each of a multiple of 16 tokens, and
+    of the padded vocabulary."""
     count = s.num_microbatches(world_size)
     equal = all(batch_tokens % (16 * count) == 0 for batch_tokens in s.batch_tokens)
-    if equal and count % world_size == 0 and s.padded_vocab % world_size == 0:
+    return equal and count % world_size == 0 and s.padded_vocab % world_size == 0
+
+def world_size_problem(s: Settings, world_size: int) -> str:
+    """Why `world_size` ranks cannot share a step, or ''."""
+    if can_share(s, world_size):
         return ""
-    return (f"NPROC: expected ranks that share {count} microbatches (equal multiples of 16 of BATCH_TOKENS="
-            f"{setting_text(s.batch_tokens)}) and a padded vocabulary of {s.padded_vocab} ids equally, found "
-            f"{world_size}.")
+    usable = [str(count) for count in range(1, 65) if can_share(s, count)]
+    return (f"NPROC: expected so many ranks as can share MICROBATCHES={s.microbatches}, BATCH_TOKENS="
+            f"{setting_text(s.batch_tokens)} and {s.padded_vocab} ids equally "
+            f"({', '.join(usable) or 'none can'}), found {world_size}.")
 
 # The values that a number may have, by setting; every other number may be 0 or more.
 ABOVE_0 = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
@@ -2132,7 +2142,7 @@ def open_shards(s: Settings, name: str) -> list[TokenShard]:
     paths = find_files(root, pattern)
     if not paths:
         raise UserError(f"{name.upper()}: expected token shards at {root / pattern}, found none; correct it, "
-                        "fetch FineWeb with python data/cached_fineweb10B.py, or set PRESET=demo.")
+                        "unset it, or fetch FineWeb with python data/cached_fineweb10B.py.")
     return [TokenShard(path, s) for path in paths]
 
 class PackingPlan(NamedTuple):
@@ -2388,8 +2398,9 @@ def choose_device(s: Settings, launched: Launcher) -> tuple[torch.device, str]:
         return torch.device("cpu"), f"device: cpu ({why})"
     processes = max(launched.local_world_size, s.nproc)
     if processes > gpus:
-        raise UserError(f"DEVICE: expected a CUDA GPU for each of {processes} processes, found {gpus} GPUs; "
-                        "start fewer (NPROC=... ./run.sh) or set DEVICE=cpu.", exit_code=2)
+        fewer = "start fewer (NPROC), or " * (gpus > 0)
+        raise UserError(f"DEVICE: expected a CUDA GPU for each process ({processes}), found {gpus}; {fewer}"
+                        "set DEVICE=cpu.", exit_code=2)
     device = torch.device("cuda", launched.local_rank)
     torch.cuda.set_device(device)
     capability = nvidia_capability(device)
@@ -2413,17 +2424,17 @@ def count_processes(s: Settings, device: torch.device) -> int:
     if s.nproc:
         return s.nproc
     most = count_gpus() if device.type == "cuda" else min(count_cores(), s.microbatches)
-    counts = [count for count in range(1, most + 1) if not world_size_problem(s, count)]
+    counts = [count for count in range(1, most + 1) if can_share(s, count)]
     return max(counts, default=1)
 
 def idle_gpus(s: Settings, device: torch.device, count: int) -> list[str]:
     """A line that says so if `count` processes leave GPUs of this machine idle, which cannot share a step."""
     gpus = count_gpus()
-    if device.type == "cpu" or s.nproc or count >= gpus or not world_size_problem(s, gpus):
+    if device.type == "cpu" or s.nproc or count >= gpus or can_share(s, gpus):
         return []
     line = f"GPUs: WARNING: {count} of {gpus} are used, since so many ranks cannot share a step"
     microbatches = math.lcm(s.microbatches, gpus)
-    if not world_size_problem(replace(s, microbatches=microbatches), gpus):
+    if can_share(replace(s, microbatches=microbatches), gpus):
         line += f"; MICROBATCHES={microbatches} uses all"
     return [line]
 
@@ -2581,7 +2592,7 @@ class Log:
     """Output of rank 0: every line goes to LOG_DIR/RUN/log.txt and the console; other ranks are silent. On a
     terminal, steps move one live line; in a pipe each prints its line."""
     def __init__(self, s: Settings, rank: int, estimated_peak: int = 0):
-        """Makes the run's folder. estimated_peak: of a GPU's memory [bytes]. Raises OSError if it cannot."""
+        """Makes the run's folder. estimated_peak: of a GPU's memory [bytes]. Raises UserError."""
         self.settings = s
         self.estimated_peak = estimated_peak
         self.file = None
@@ -2590,8 +2601,12 @@ class Log:
         if rank:
             return
         self.folder = Path(s.log_dir).resolve() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
-        self.folder.mkdir(parents=True)
-        self.file = open(self.folder / "log.txt", "x", encoding="utf-8", errors="backslashreplace")
+        try:
+            self.folder.mkdir(parents=True)
+            self.file = open(self.folder / "log.txt", "x", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise UserError(f"LOG_DIR: expected a folder for logs at {s.log_dir}, found: {error}; name "
+                            "another.") from None
         print(f"log: {self.folder / 'log.txt'}", flush=True)
 
     def write(self, *lines: str, console: bool = True) -> None:
@@ -2687,12 +2702,16 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def read_header(path: Path) -> tuple[dict, int]:
     """The header of a file of write_safetensors, and its size [bytes] in the file. Raises OSError, and
-    ValueError if there is none."""
+    ValueError if the file is none."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
-            raise ValueError("no header")
-        return json.loads(file.read(size)), 8 + size
+        text = file.read(size) if size < path.stat().st_size else b""
+    try:
+        header = json.loads(text)
+        header["__metadata__"]["sha256"]
+        return header, 8 + size
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("a file of another kind, or a part of one") from None
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file of write_safetensors. Raises UserError unless every byte is right."""
@@ -2709,8 +2728,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raw = torch.from_numpy(data[first:last].copy())  # copied for its alignment
             tensors[name] = raw.view(DTYPES[about["dtype"]]).view(about["shape"])
         return tensors, metadata
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected a whole checkpoint, found {error!r}; name another.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a whole checkpoint, found {error}; name another.") from None
 
 def read_source() -> str:
     """This script."""
@@ -3025,7 +3044,7 @@ def microbatch_options(s: Settings, world_size: int) -> list[int]:
     which the longest document fits."""
     most = min(s.batch_tokens) // max(s.max_seq_len)
     counts = range(2 * s.microbatches, most + 1, s.microbatches)
-    equal = [n for n in counts if not world_size_problem(replace(s, microbatches=n), world_size)]
+    equal = [n for n in counts if can_share(replace(s, microbatches=n), world_size)]
     return [s.microbatches, *equal]
 
 def slice_options(s: Settings) -> list[int]:
@@ -3246,12 +3265,29 @@ def train(model: Network, optimizer: ShardedOptimizer, batches, schedule: list[S
         return Ending(0, step.number, stage, text)
     number = signal_number() or signal.SIGTERM  # another rank got the signal: say SIGTERM
     text = f"stopped by {signal.Signals(number).name} after {steps}"
+    if not s.checkpoint_every:
+        text += "; not saved, since CHECKPOINT_EVERY=0"
     return Ending(128 + number, step.number, stage, text)
 
 # ----------------------------------------------------------------------------------------------------------
 # Main: what a log opens with, text from a model, the command line
 
 UTF8 = dict(encoding="utf-8", errors="replace")  # how what other programs print is read, in every locale
+
+def require_places(s: Settings) -> None:
+    """Raises UserError (exit code 2) if DATA_PATH, RESUME or LOG_DIR cannot be what it should be."""
+    problems = []
+    if s.data_path and not os.path.isdir(s.data_path):
+        problems.append(f"DATA_PATH: expected a folder, found none at {s.data_path}; make or correct it.")
+    if s.resume not in ("", "auto") and not os.path.isfile(s.resume):
+        problems.append(f"RESUME: expected a checkpoint, found no file at {s.resume}; correct it.")
+    place = Path(s.log_dir).resolve()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        problems.append(f"LOG_DIR: expected a folder that can be written, found {place}; name another.")
+    if problems:
+        raise UserError(*problems, exit_code=2)
 
 def ensure_demo_data(s: Settings) -> None:
     """Build the demo's shards if its own patterns find none. Raises UserError if that fails."""
@@ -3326,8 +3362,7 @@ def write_sample(log: Log, model: Network, stage: Stage, val_tokens: np.ndarray,
     before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
     end = "---"
     if s.num_iterations < GOOD_STEPS:
-        command = f"NUM_ITERATIONS={GOOD_STEPS} VAL_LOSS_EVERY=100 TARGET_LOSS=0 ./run.sh"
-        end += f" better with more steps: {command}"
+        end += f" better with more steps: add NUM_ITERATIONS={GOOD_STEPS} VAL_LOSS_EVERY=100 TARGET_LOSS=0"
     log.write("--- a text that the model has not seen:", before,
               f"--- how it goes on, after training on {seen}:", after, end)
 
@@ -3347,10 +3382,47 @@ def prepare(s: Settings, overrides: list[str], about: list[str], world_size: int
     plan = plan_packing(train_shards, s, make_schedule(s), s.num_microbatches(world_size))
     return Prepared(val_tokens, plan, settings, [*about, *describe_run(s, world_size), plan.summary])
 
+def race(s: Settings, prepared: Prepared, identity: dict, log: Log, device: torch.device, rank: int,
+         world_size: int) -> Ending:
+    """A rank's part of the race, from the kernels to the sample. Raises UserError."""
+    separator = "=" * 100
+    if rank == 0:
+        environment = describe_environment()
+        head = [read_source(), separator, *environment, separator, *prepared.settings, separator]
+        log.write(*head, console=False)
+    kernels, why_kernels = choose_kernels(device, s)
+    log.write(*prepared.about, *why_kernels)
+    graphs_of_trials = count_graphs()
+    model = NETWORKS[s.network](s, kernels, world_size)
+    init_weights(model, s.seed)
+    model.to(device)
+    optimizer = make_optimizer(model, rank, world_size)
+    clock = Clock(device)
+    first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
+    if kernels.compiled:
+        compile_blocks(model)
+    plan, val_tokens = prepared.plan, prepared.val_tokens
+    num_steps = warm_up(model, optimizer, plan, val_tokens)
+    numbers = microbatches_of_rank(plan, first_step, rank, world_size)
+    batches = train_batches(plan, numbers, device, rank)
+    graphs = count_graphs()
+    log.write(f"ready after {time.monotonic() - START:.1f} s: {counted(num_steps, 'warm-up step')}, "
+              f"{counted(graphs - graphs_of_trials, 'graph')} compiled")
+    ending = train(model, optimizer, batches, plan.schedule, val_tokens, log, clock, identity, first_step)
+    if kernels.compiled:
+        late = count_graphs() - graphs
+        warning = "WARNING, while timed: " * (late > 0)
+        log.write(f"{warning}compiled since the warm-up: {counted(late, 'graph')}")
+    tokens = sum(step.stage.batch_tokens for step in plan.schedule[:ending.num_steps])
+    seen = f"{tokens:,} tokens in {clock.total:.1f} s"
+    if ending.code == 0 and rank == 0:
+        write_sample(log, model, ending.stage, val_tokens, seen)
+    log.write(ending.text, f"training: {seen}, {tokens / max(clock.total, 1e-9):,.0f} a second; "
+                           f"from start to end: {time.monotonic() - START:.1f} s")
+    return ending
+
 def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     """A rank's run, from settings to the end of the race; returns the exit code. Raises UserError."""
-    source = read_source()
-    separator = "=" * 100
     launched = read_launcher(os.environ)
     rank = launched.rank
     world_size = launched.world_size
@@ -3366,42 +3438,13 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
         dist.all_gather_object(cards, cards[0])
     s, about_memory, peak = fit_memory(s, overrides, world_size, cards)
     notes = [*notes, why_device, *idle_gpus(s, device, world_size), *about_memory]
-    val_tokens, plan, settings, about = prepare(s, overrides, notes, world_size)
-    identity = identify_run(s, source, plan, val_tokens, world_size)
+    prepared = prepare(s, overrides, notes, world_size)
+    identity = identify_run(s, read_source(), prepared.plan, prepared.val_tokens, world_size)
     if world_size > 1:
         require_same_run(identity, s)
     log = Log(s, rank, peak)
     try:
-        if rank == 0:
-            environment = describe_environment()
-            log.write(source, separator, *environment, separator, *settings, separator, console=False)
-        kernels, why_kernels = choose_kernels(device, s)
-        log.write(*about, *why_kernels)
-        model = NETWORKS[s.network](s, kernels, world_size)
-        init_weights(model, s.seed)
-        model.to(device)
-        optimizer = make_optimizer(model, rank, world_size)
-        clock = Clock(device)
-        first_step = load_checkpoint(log, model, optimizer, clock, identity) if s.resume else 0
-        if kernels.compiled:
-            compile_blocks(model)
-        num_steps = warm_up(model, optimizer, plan, val_tokens)
-        numbers = microbatches_of_rank(plan, first_step, rank, world_size)
-        batches = train_batches(plan, numbers, device, rank)
-        compiled = count_graphs()
-        log.write(f"ready after {time.monotonic() - START:.1f} s: {counted(num_steps, 'warm-up step')}, "
-                  f"{counted(compiled, 'graph')} compiled")
-        ending = train(model, optimizer, batches, plan.schedule, val_tokens, log, clock, identity, first_step)
-        if kernels.compiled:
-            late = count_graphs() - compiled
-            log.write(f"{'WARNING, while timed: ' * (late > 0)}compiled since the warm-up: "
-                      f"{counted(late, 'graph')}")
-        tokens = sum(step.stage.batch_tokens for step in plan.schedule[:ending.num_steps])
-        seen = f"{tokens:,} tokens in {clock.total:.1f} s"
-        if ending.code == 0 and rank == 0:
-            write_sample(log, model, ending.stage, val_tokens, seen)
-        log.write(ending.text, f"training: {seen}, {tokens / max(clock.total, 1e-9):,.0f} a second; "
-                               f"from start to end: {time.monotonic() - START:.1f} s")
+        ending = race(s, prepared, identity, log, device, rank, world_size)
     except BaseException as error:
         log.write(f"ended by {type(error).__name__}: {error}", console=False)
         raise
@@ -3413,6 +3456,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
     """Run with as many processes as fit this machine, unless torchrun has started this one; returns the exit
     code. dry_run: check all that can be checked without training, show the plan, and stop. Raises
     UserError."""
+    require_places(s)
     if "WORLD_SIZE" in os.environ and not dry_run:
         return run(s, overrides, notes)
     device, why_device = choose_device(s, read_launcher(os.environ))
@@ -3429,7 +3473,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
         prepared = prepare(fitted.settings, overrides, notes_of_all, count)
     if dry_run:
         settings = ["  " + setting for setting in prepared.settings]
-        print("settings:", *settings, *prepared.about, sep="\n")
+        print("settings:", *settings, *prepared.about, "dry run: settings and data can be used", sep="\n")
         return 0
     if count == 1:
         return run(s, overrides, notes)
@@ -3441,13 +3485,16 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The command line. Ends with --help, or with exit code 2 if it is wrong."""
-    presets = []
-    for preset, changes in list(PRESETS.items())[1:]:  # the speedrun's are the defaults
+    presets = [f"PRESET: one of {', '.join(PRESETS)}. speedrun has the defaults above. Without PRESET, a run "
+               "takes speedrun\nif a CUDA GPU and FineWeb shards are here, else demo."]
+    for preset, changes in list(PRESETS.items())[1:]:
         presets += [f"\nPRESET={preset} changes:", *(f"    {name} = {x!r}" for name, x in changes.items())]
+    settings = inspect.getsource(Settings).partition("    padded_vocab")[0]
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a GPT-2-sized model to a target loss. Every setting is an environment variable:",
-        epilog="\n".join([inspect.getsource(Settings), *presets]))
+        description="Train a GPT-2-sized model to a target loss. Every setting is an environment variable: "
+                    "MUON_LR=0.05 ./run.sh",
+        epilog="\n".join([settings, *presets]))
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, show the plan, stop")
     return parser.parse_args(argv)
 

@@ -101,6 +101,10 @@ class ShardWriter:
         self.number += 1
         self.start_shard()
 
+def remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
 def shard_names(folder: Path) -> list[str]:
     """Names of the shards in a folder, training first."""
     return sorted(path.name for path in folder.glob("*.bin"))
@@ -122,7 +126,9 @@ def new_corpus(folder: Path, name: str, overwrite: bool = False):
 
     check_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_if_empty, folder)
+        unfinished = stack.enter_context(tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder))
         train = ShardWriter(Path(unfinished), f"{name}_train", first=1)
         val = ShardWriter(Path(unfinished), f"{name}_val", first=0)
         yield train, val

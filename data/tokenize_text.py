@@ -35,12 +35,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import fsspec
-import numpy as np
-from fsspec.core import OpenFile
-from fsspec.implementations.local import LocalFileSystem
+try:
+    import fsspec
+    import numpy as np
+    from fsspec.core import OpenFile
+    from fsspec.implementations.local import LocalFileSystem
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing; in the Python that trains (. .venv/bin/activate, if ./run.sh has "
+             "made it), run: python -m pip install -r data/requirements.txt")
 from shards import BYTES_BOS, SHARD_TOKENS, DataError, best_effort_console, byte_document, new_corpus
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -199,9 +203,11 @@ def load_gpt2(required: bool):
         import tiktoken
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # its HTTP client has many classes of them
-        problem = (f"GPT-2 tokens: expected tiktoken and its vocabulary, found {type(error).__name__}; run "
-                   "python -m pip install -r data/requirements.txt, connect to the network, or use "
-                   "--tokenizer bytes.")
+        remedy = "connect to the network, once, to fetch it"
+        if isinstance(error, ImportError):
+            remedy = "run python -m pip install -r data/requirements.txt"
+        problem = (f"GPT-2 tokens: expected tiktoken and its vocabulary, found {type(error).__name__}; "
+                   f"{remedy}, or use --tokenizer bytes.")
         if required:
             raise DataError(problem) from error
         print(problem)

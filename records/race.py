@@ -132,7 +132,7 @@ def apply_patch(patch: Path, folder: Path) -> None:
     command = ["git", "apply", "--whitespace=nowarn", patch.resolve()]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, **UTF8)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[0].removeprefix("error: ")
+        reason = done.stderr.strip().splitlines()[0].removeprefix("error: ").partition(" (allow ")[0]
         raise ReportError(f"{patch} does not apply: {reason}")
 
 def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
@@ -201,8 +201,9 @@ def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     shutil.rmtree(version.folder / "logs", ignore_errors=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={version.nproc}"]
     command = [sys.executable, *(torchrun if version.nproc > 1 else []), "train_gpt.py"]
-    child = subprocess.Popen(command, cwd=version.folder, env=version.environment(turn),
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **UTF8)
+    env = version.environment(turn) | {"TMPDIR": str(version.folder.parent)}  # torchrun leaves folders there
+    child = subprocess.Popen(command, cwd=version.folder, env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, **UTF8)
     name, output = f"round {turn}, {version.label}", []
     try:
         for line in child.stdout:

@@ -25,8 +25,8 @@ try:
     from matplotlib.figure import Figure
     from scipy import stats
 except ImportError as error:
-    sys.exit(f"{error.name} is missing; run: python -m pip install -r requirements.txt "
-             "-r records/requirements.txt")
+    sys.exit(f"{error.name} is missing; in the Python that trains (. .venv/bin/activate, if ./run.sh has "
+             "made it), run: python -m pip install -r requirements.txt -r records/requirements.txt")
 
 RECORDS = Path(__file__).resolve().parent
 TARGET = 3.28  # nats per token; of the published speedrun, whose logs have no settings
@@ -242,13 +242,17 @@ def times_of(runs: list[Run]) -> list[float]:
     """Seconds of training, to the target where a run stopped at one."""
     return [run.finish.seconds for run in runs]
 
-def interval(new: list[float], old: list[float], paired: bool) -> tuple[float, float]:
-    """Mean of new - old, and half its 95 % confidence interval, of pairs or after Welch; nan if too few."""
+def interval(new: list[float], old: list[float], paired: bool, rounding=0.0) -> tuple[float, float]:
+    """Mean of new - old, and half its 95 % confidence interval, of pairs or after Welch; nan if too few.
+    rounding: the unit to which each figure was rounded, whose deviation the figures may not show."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of equal values, whose interval has no width
         test = stats.ttest_rel(new, old) if paired else stats.ttest_ind(new, old, equal_var=False)
         low, high = test.confidence_interval(0.95)
-    return np.mean(new) - np.mean(old), (high - low) / 2
+    count = min(len(new), len(old))
+    deviation = rounding * (2 / 12 / count) ** 0.5  # of the mean difference, by rounding alone
+    of_rounding = stats.t.ppf(0.975, count - 1) * deviation
+    return np.mean(new) - np.mean(old), np.hypot((high - low) / 2, of_rounding)
 
 def compare(new: Group, old: Group) -> str:
     """'paired over 5 rounds: faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time); loss lower by ...'"""
@@ -257,7 +261,7 @@ def compare(new: Group, old: Group) -> str:
     if pairs:
         new_runs, old_runs = zip(*pairs)
         way = f"paired over {len(pairs)} rounds"
-    loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs))
+    loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs), rounding=1e-4)
     said = [verdict("loss", loss, "loss lower", "loss higher", 4)]
     if new.times_compare and old.times_compare:
         said.insert(0, compare_times(new_runs, old_runs, bool(pairs)))
@@ -335,7 +339,8 @@ def report(groups: list[Group]) -> None:
             crossed = f"; at its target in {run.finish.seconds:.2f} s" if run.finish != run.end else ""
             print(f"  {run.path.name}: seed {run.settings.get('seed', '-')}, loss {run.end.loss:.4f} at step "
                   f"{run.end.step}, {run.end.seconds:.2f} s{crossed}")
-        print(" ", "; ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, cells(group)) if cell != "-"))
+        figures = "; ".join(f"{name}: {cell}" for name, cell in zip(COLUMNS, cells(group)) if cell != "-")
+        print(f"  {figures}" + " (± standard deviation)" * ("±" in figures))
         if group.target and not at_fixed_step(group):
             print("  no claim on the mean loss: expected runs to one step, with TARGET_LOSS=0")
         elif group.target:

@@ -5,18 +5,20 @@ Print text that the model of a checkpoint writes.
     python records/sample.py logs/RUN/step_000044.safetensors --prompt "def main(" --length 200
 
 The vocabulary is bytes (VOCAB_SIZE=257), or GPT-2's, which needs tiktoken and, once, a network to fetch it.
-It runs on the CPU, with the settings that the checkpoint holds, and draws at a temperature of 0.8.
+It runs on one thread of the CPU, unless OMP_NUM_THREADS says how many, with the settings that the checkpoint
+holds, and draws at a temperature of 0.8.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import NETWORKS, Kernels, Network, Stage, UserError
+from train_gpt import NETWORKS, Kernels, Network, Stage, UserError, torch
 
 
 def load_model(path: Path) -> tuple[Network, Stage]:
@@ -65,6 +67,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     sys.stdout.reconfigure(errors="replace")  # a console need not have all characters
     args = parser.parse_args()
+    if "OMP_NUM_THREADS" not in os.environ:  # each token is little work
+        torch.set_num_threads(1)
     try:
         model, stage = load_model(args.checkpoint)
         encode, decode = get_tokenizer(model.settings.vocab_size)

@@ -115,8 +115,8 @@ def test_a_pattern_without_a_match_is_one_sentence(data, tmp_path, name):
     (tmp_path / "none_1.bin").mkdir()
     pattern = tmp_path / "none_*.bin"
     assert complaint(replace(data, **{name: str(pattern)})) == (
-        f"{name.upper()}: expected token shards at {pattern}, found none; correct it, fetch FineWeb with "
-        "python data/cached_fineweb10B.py, or set PRESET=demo."
+        f"{name.upper()}: expected token shards at {pattern}, found none; correct it, unset it, or fetch "
+        "FineWeb with python data/cached_fineweb10B.py."
     )
 
 

@@ -173,7 +173,7 @@ def test_a_file_that_is_no_checkpoint_has_no_sizes(small, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"PK\x03\x04" + bytes(range(100)))
     assert train_gpt.read_saved_sizes(replace(small, resume=str(path))) == {}
-    with pytest.raises(train_gpt.UserError, match="expected a whole checkpoint, found .*no header"):
+    with pytest.raises(train_gpt.UserError, match="a whole checkpoint, found a file of another kind"):
         train_gpt.read_safetensors(path)
 
 

@@ -265,6 +265,14 @@ def test_rounds_that_only_one_version_has_are_not_paired(race, run):
     assert said in run(race)[1]
 
 
+def test_two_equal_differences_of_rounded_losses_give_no_certainty(tmp_path, run):
+    """Without rounding they would differ, and with two rounds a little is much."""
+    for version, losses, seen in (("old", (1.5920, 1.5883), 9), ("new", (1.5917, 1.5880), 8)):
+        write(tmp_path / version, *(our_log(x, target=0.0, seed=x, mlp_dim=seen) for x in losses))
+    code, out, _ = run(tmp_path / "new", "--vs", tmp_path / "old")
+    assert code == 0 and out.endswith("no clear difference in loss: -0.0003 ± 0.0004\n"), out
+
+
 def test_losses_are_compared_at_a_step(race, run):
     code, out, _ = run(race, "--step", 2)
     assert code == 0 and "loss 3.6000 at step 2, 0.20 s" in out

@@ -149,8 +149,8 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("EQUAL_QK_START", "1", "0, or KEY_OFFSET=1 beside it"),
     ("MUON_MOMENTUM_END", "1", "a number from 0 to below 1"),
     ("ADAM_BETA2", "1", "a number from 0 to below 1"),
-    ("NPROC", "3", "share 8 microbatches"),
-    ("NPROC", "256", "a padded vocabulary of 50304 ids equally, found 256."),
+    ("NPROC", "3", "can share MICROBATCHES=8, "),
+    ("NPROC", "256", " 32, 48, 64), found 256."),
 ])
 def test_a_wrong_value_or_one_that_fits_no_other_is_one_sentence(name, value, expected):
     (line,) = problems(**(dict(preset=value) if name == "PRESET" else {name: value}))
@@ -226,9 +226,9 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
 
 
 @pytest.mark.parametrize("changes, expected", [
-    (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each of 1 processes, found 0 GPUs;"),
+    (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each process (1), found 0; set DEVICE=cpu."),
     (dict(WORLD_SIZE=3, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=3, MASTER_ADDR="here", MASTER_PORT=1),
-     "NPROC: expected ranks that share 3 microbatches"),
+     "NPROC: expected so many ranks as can share MICROBATCHES="),
 ])
 def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -260,7 +260,8 @@ def test_dry_run_shows_the_plan_and_does_nothing_else(tmp_path, data, run_main, 
     code, shown, said = run_main("--dry-run", **overrides(s))
     assert (code, said) == (0, "") and {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
 
-    title, *lines, preset, device, batch, parameters, tokens = shown.splitlines()
+    title, *lines, preset, device, batch, parameters, tokens, end = shown.splitlines()
+    assert end == "dry run: settings and data can be used"
     assert preset == "preset: speedrun, set by PRESET" and device == "device: cpu (as DEVICE says)"
     changed = {name.lower() for name in overrides(s)} - {"preset"}
     assert title == "settings:" and len(lines) == len(fields(Settings))
