@@ -1,5 +1,7 @@
 """On a GPU: attention against a brute-force mask, and a compiled model with the kernels chosen there."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,19 @@ def test_every_kernel_of_a_recent_gpu_is_a_fast_one(chosen):
     kernels, lines = chosen
     assert all(fast is not plain for fast, plain in zip(kernels[:5], train_gpt.Kernels())), lines
     assert kernels.head_loss == train_gpt.float8_softcapped_loss, lines
+
+
+def test_record_82_takes_a_fast_kernel_of_each_kind(chosen, monkeypatch):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("an older GPU")
+    everything = train_gpt.list_candidates
+
+    def but_for_blocks(*case):
+        return [candidate for candidate in everything(*case) if candidate.kind != "blocks"]
+
+    monkeypatch.setattr(train_gpt, "list_candidates", but_for_blocks)  # they take a minute to compile
+    _, lines = train_gpt.choose_kernels(GPU, replace(train_gpt.Settings(), **train_gpt.PRESETS["frontier"]))
+    assert "Adam: torch.compile; " in "\n".join(lines) and "much slower" not in "\n".join(lines)
 
 
 @pytest.mark.parametrize("fp8_head, loss_tolerance, tolerance", [(False, 1e-3, 0.05), (True, 3e-3, 0.2)])
