@@ -108,7 +108,7 @@ class Settings:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # [pattern] training shards, in name order
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # [pattern] validation shards, likewise
     log_dir: str = "logs"  # [folder] each run makes a folder in it, for its log and checkpoints
-    checkpoint_every: int = 0  # [steps] save so often, at a stop and at the end; two stay; 0: never
+    checkpoint_every: int = 0  # [steps] save every so many, at a stop and at the end; keep two; 0: never
     resume: str = ""  # checkpoint to continue from; auto: that of the highest step in LOG_DIR, if any
     # the race
     num_iterations: int = 1705  # [steps] length of the run and of its schedules
@@ -258,10 +258,10 @@ def world_size_problem(s: Settings, world_size: int) -> str:
     """Why `world_size` ranks cannot share a step, or ''."""
     if can_share(s, world_size):
         return ""
-    usable = [str(count) for count in range(1, 65) if can_share(s, count)]
-    return (f"NPROC: expected so many ranks as can share MICROBATCHES={s.microbatches}, BATCH_TOKENS="
-            f"{setting_text(s.batch_tokens)} and {s.padded_vocab} ids equally "
-            f"({', '.join(usable) or 'none can'}), found {world_size}.")
+    usable = [str(count) for count in range(1, 2 * world_size) if can_share(s, count)]
+    return (f"NPROC: expected a number of ranks that can share MICROBATCHES={s.microbatches}, BATCH_TOKENS="
+            f"{setting_text(s.batch_tokens)} and {s.padded_vocab} ids equally ({', '.join(usable)}), found "
+            f"{world_size}.")
 
 # The values that a number may have, by setting; every other number may be 0 or more.
 ABOVE_0 = {"num_iterations", "val_tokens", "val_slice_tokens", "batch_tokens", "microbatches", "max_seq_len",
@@ -2004,9 +2004,10 @@ def require_compiler() -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8))
     except Exception as error:  # it has many classes of them
+        found = (str(error) or repr(error)).splitlines()[0]
         raise UserError("TORCH_COMPILE: expected a C++ compiler, which torch.compile needs on a CPU, found: "
-                        f"{str(error).splitlines()[0]}; install one, such as g++, or set TORCH_COMPILE=0.",
-                        exit_code=2) from None
+                        f"{found}; install one, such as g++, or set TORCH_COMPILE=0.", exit_code=2,
+                        rank=dist.get_rank() if dist.is_initialized() else None) from None
 
 def choose_kernels(device: torch.device, s: Settings) -> tuple[Kernels, list[str]]:
     """The kernels for `device`, and a line for each kind that gives the choice and its reason. On a GPU, a
@@ -2428,11 +2429,11 @@ def count_processes(s: Settings, device: torch.device) -> int:
     return max(counts, default=1)
 
 def idle_gpus(s: Settings, device: torch.device, count: int) -> list[str]:
-    """A line that says so if `count` processes leave GPUs of this machine idle, which cannot share a step."""
+    """A line that says so if `count` processes here leave GPUs idle, which cannot share a step."""
     gpus = count_gpus()
     if device.type == "cpu" or s.nproc or count >= gpus or can_share(s, gpus):
         return []
-    line = f"GPUs: WARNING: {count} of {gpus} are used, since so many ranks cannot share a step"
+    line = f"GPUs: WARNING: {count} of {gpus} are used, since {gpus} ranks cannot share a step"
     microbatches = math.lcm(s.microbatches, gpus)
     if can_share(replace(s, microbatches=microbatches), gpus):
         line += f"; MICROBATCHES={microbatches} uses all"
@@ -2511,15 +2512,15 @@ def connect(device: torch.device, launched: Launcher) -> None:
     cuda = device.type == "cuda"
     try:
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
-                                device_id=device if cuda else None)
-        dist.barrier()  # a rank that ends with an error must not do so while others still connect
     except RuntimeError as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"expected {launched.world_size} ranks to meet at {place} (MASTER_ADDR, "
-                        f"MASTER_PORT), found: {error}", rank=launched.rank) from None
+        raise UserError(f"MASTER_ADDR, MASTER_PORT: expected {launched.world_size} ranks to meet at {place}, "
+                        f"found: {error}; correct them, or start all ranks.", rank=launched.rank) from None
+    # torchrun keeps its store over restarts, with the addresses of dead ranks: use a prefix for each
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
+                            device_id=device if cuda else None)
+    dist.barrier()  # a rank that ends with an error must not do so while others still connect
     connected.set()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -2731,8 +2732,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a whole checkpoint, found {error}; name another.") from None
 
+@cache
 def read_source() -> str:
-    """This script."""
+    """This script, as it was when it was started, since launch() calls this first."""
     return Path(__file__).read_text(encoding="utf-8")
 
 def hash_of(source: str) -> str:
@@ -2782,8 +2784,11 @@ def require_same_run(identity: dict, s: Settings) -> None:
     for rank, other in enumerate(of_ranks):
         names = [name for name in first if other.get(name) != first[name]]
         if names:
+            remedy = "start all nodes with the same"
+            if s.resume and set(names) <= {*SIZES, "microbatches_of_a_step"}:  # those of other checkpoints
+                remedy = "LOG_DIR must be one folder for all ranks"
             raise UserError(f"rank {rank}: expected the settings, script and data of rank 0, found another "
-                            f"{', '.join(names)}; start all nodes with the same.")
+                            f"{', '.join(names)}; {remedy}.")
 
 def save_checkpoint(log: Log, model: Network, optimizer: ShardedOptimizer, step: int, seconds: float,
                     identity: dict) -> None:
@@ -3284,7 +3289,8 @@ def require_places(s: Settings) -> None:
     place = Path(s.log_dir).resolve()
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    writes = os.environ.get("RANK", "0") == "0"
+    if writes and not (place.is_dir() and os.access(place, os.W_OK)):
         problems.append(f"LOG_DIR: expected a folder that can be written, found {place}; name another.")
     if problems:
         raise UserError(*problems, exit_code=2)
@@ -3362,7 +3368,8 @@ def write_sample(log: Log, model: Network, stage: Stage, val_tokens: np.ndarray,
     before, after = (bytes(x).decode(errors="replace") for x in (prompt, text))
     end = "---"
     if s.num_iterations < GOOD_STEPS:
-        end += f" better with more steps: add NUM_ITERATIONS={GOOD_STEPS} VAL_LOSS_EVERY=100 TARGET_LOSS=0"
+        more = f"NUM_ITERATIONS={GOOD_STEPS} VAL_LOSS_EVERY=100 TARGET_LOSS=0"
+        end += f" better with more steps: put {more} before the command"
     log.write("--- a text that the model has not seen:", before,
               f"--- how it goes on, after training on {seen}:", after, end)
 
@@ -3436,9 +3443,9 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     if world_size > 1:
         cards *= world_size
         dist.all_gather_object(cards, cards[0])
+    notes = [*notes, why_device, *idle_gpus(s, device, launched.local_world_size)]
     s, about_memory, peak = fit_memory(s, overrides, world_size, cards)
-    notes = [*notes, why_device, *idle_gpus(s, device, world_size), *about_memory]
-    prepared = prepare(s, overrides, notes, world_size)
+    prepared = prepare(s, overrides, [*notes, *about_memory], world_size)
     identity = identify_run(s, read_source(), prepared.plan, prepared.val_tokens, world_size)
     if world_size > 1:
         require_same_run(identity, s)
@@ -3456,6 +3463,7 @@ def launch(s: Settings, overrides: list[str], notes: list[str], dry_run: bool) -
     """Run with as many processes as fit this machine, unless torchrun has started this one; returns the exit
     code. dry_run: check all that can be checked without training, show the plan, and stop. Raises
     UserError."""
+    read_source()
     require_places(s)
     if "WORLD_SIZE" in os.environ and not dry_run:
         return run(s, overrides, notes)
@@ -3533,8 +3541,6 @@ def main(argv=None) -> int:
             traceback.print_exc()
             code = 1
     if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 

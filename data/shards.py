@@ -125,9 +125,11 @@ def new_corpus(folder: Path, name: str, overwrite: bool = False):
                                 f"folder, or add --overwrite, which replaces only {name}_*.bin.")
 
     check_folder()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(remove_if_empty, folder)
+        if is_new:
+            stack.callback(remove_if_empty, folder)
         unfinished = stack.enter_context(tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder))
         train = ShardWriter(Path(unfinished), f"{name}_train", first=1)
         val = ShardWriter(Path(unfinished), f"{name}_val", first=0)

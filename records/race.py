@@ -199,11 +199,11 @@ def check_hardware(version: Version, log: Path) -> None:
 def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     """Run a version to its end and keep its log. Raises ReportError if it fails or its log is not whole."""
     shutil.rmtree(version.folder / "logs", ignore_errors=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={version.nproc}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={version.nproc}",
+                f"--log-dir={version.folder.parent}"]  # else it leaves a folder among the temporary ones
     command = [sys.executable, *(torchrun if version.nproc > 1 else []), "train_gpt.py"]
-    env = version.environment(turn) | {"TMPDIR": str(version.folder.parent)}  # torchrun leaves folders there
-    child = subprocess.Popen(command, cwd=version.folder, env=env, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, **UTF8)
+    child = subprocess.Popen(command, cwd=version.folder, env=version.environment(turn),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **UTF8)
     name, output = f"round {turn}, {version.label}", []
     try:
         for line in child.stdout:

@@ -232,6 +232,7 @@ def forked(rank, environ, printed, faults):
     os.environ.clear()
     os.environ.update(environ)
     torch.set_num_threads(1)
+    train_gpt.PARENT = os.getppid()  # the server imported it; a rank without its parent ends
     for fault in faults:
         fault(rank)
     sys.exit(train_gpt.main([]))

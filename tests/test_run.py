@@ -301,7 +301,7 @@ def test_the_demo_builds_its_corpus_and_reaches_its_target(tmp_path):
     assert float(loss) <= target
     sample = ("--- a text that the model has not seen:\n.+\n"
               "--- how it goes on, after training on 56,320 tokens in .+:\n.+"
-              "\n--- better with more steps: add NUM_ITERATIONS=600 ")
+              "\n--- better with more steps: put NUM_ITERATIONS=600 ")
     assert re.search(sample, done.stdout, re.S)
 
 

@@ -150,7 +150,7 @@ def test_a_word_of_the_layout_says_what_a_block_does_in_turn_and_side_by_side(la
     ("MUON_MOMENTUM_END", "1", "a number from 0 to below 1"),
     ("ADAM_BETA2", "1", "a number from 0 to below 1"),
     ("NPROC", "3", "can share MICROBATCHES=8, "),
-    ("NPROC", "256", " 32, 48, 64), found 256."),
+    ("NPROC", "256", " 128, 192, 384), found 256."),
 ])
 def test_a_wrong_value_or_one_that_fits_no_other_is_one_sentence(name, value, expected):
     (line,) = problems(**(dict(preset=value) if name == "PRESET" else {name: value}))
@@ -228,7 +228,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2_and_nothing_is_done(
 @pytest.mark.parametrize("changes, expected", [
     (dict(DEVICE="cuda"), "DEVICE: expected a CUDA GPU for each process (1), found 0; set DEVICE=cpu."),
     (dict(WORLD_SIZE=3, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=3, MASTER_ADDR="here", MASTER_PORT=1),
-     "NPROC: expected so many ranks as can share MICROBATCHES="),
+     "NPROC: expected a number of ranks that can share MICROBATCHES="),
 ])
 def test_an_impossible_launch_is_one_sentence(changes, expected, run_main, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
