@@ -13,7 +13,8 @@ Folders that are linked in a folder are read too. Each file is read once, and wh
 Documents keep their order; empty ones are skipped, and long ones are cut into documents of 2,048 tokens (640
 bytes), since training takes no more of one. --split-at TEXT also cuts wherever TEXT is, as '<|endoftext|>',
 and leaves out TEXT and the line ends around it. Tokens are GPT-2's, or bytes if tiktoken or its vocabulary is
-missing. The first of every --val-every documents goes to validation. Any --workers gives the same bytes.
+missing. One of --val-every goes to validation: whole documents, as a rule; of the first one, and of those
+that are cut into more than --val-every, the beginning. Any --workers gives the same bytes.
 FOLDER gets its shards when all are complete, and the command that trains on them in command.sh. A run that
 fails or is interrupted adds nothing to FOLDER; one that is killed leaves a folder unfinished-* of no use.
 """
@@ -234,6 +235,15 @@ def cut(tokens: np.ndarray, size: int) -> list[np.ndarray]:
     """A document as documents of at most `size` tokens, each with BOS first."""
     return [np.insert(tokens[i:i + size - 1], 0, tokens[0]) for i in range(1, len(tokens), size - 1)]
 
+def held_out(pieces: int, total: int, validating: int, every: int) -> int:
+    """How many of a document's first pieces validate, after `total` pieces, of which `validating` do: so many
+    that one of `every` does. All, as a rule, since pieces of one document are alike."""
+    if validating > total // every:
+        return 0
+    if validating and pieces <= every:
+        return pieces
+    return max(1, pieces // every)
+
 def training_command(folder: Path, tokenizer: str, train_tokens: int, val_tokens: int) -> str:
     """The command that trains on these shards: the speedrun on 100M GPT-2 tokens or more, else the demo."""
     preset = "speedrun" if tokenizer == "gpt2" and train_tokens >= SHARD_TOKENS else "demo"
@@ -242,10 +252,12 @@ def training_command(folder: Path, tokenizer: str, train_tokens: int, val_tokens
     slices = min(most_tokens, val_tokens - 1) // slice_tokens
     stem = glob.escape(str(folder.resolve() / "text"))
     train_files, val_files = shlex.quote(f"{stem}_train_*.bin"), shlex.quote(f"{stem}_val_*.bin")
+    # The demo's microbatches, of 640 tokens, would never hold the ends of documents of 2,048
+    batch = "BATCH_TOKENS=4096 " if (preset, tokenizer) == ("demo", "gpt2") else ""
     # EPOCHS is a maximum: the run takes as many passes as it needs. The presets' targets are for other data.
     return (f"PRESET={preset} TRAIN_FILES={train_files} VAL_FILES={val_files} "
             f"VOCAB_SIZE={BOS[tokenizer] + 1} BOS_ID={BOS[tokenizer]} EPOCHS=100000 TARGET_LOSS=0 "
-            f"VAL_TOKENS={slices * slice_tokens} VAL_SLICE_TOKENS={slice_tokens} "
+            f"{batch}VAL_TOKENS={slices * slice_tokens} VAL_SLICE_TOKENS={slice_tokens} "
             f"{shlex.quote(str(ROOT / 'run.sh'))}")
 
 def run(args: argparse.Namespace) -> None:
@@ -259,10 +271,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         with new_corpus(args.out, "text", args.overwrite) as (train, val):
             for tokens in tqdm(encoded, unit=" texts", disable=None):
-                for document in cut(tokens, MOST_TOKENS[tokenizer]):
-                    number = train.documents + val.documents
-                    writer = train if number % args.val_every else val
-                    writer.add(document)
+                pieces = cut(tokens, MOST_TOKENS[tokenizer])
+                total = train.documents + val.documents
+                count = held_out(len(pieces), total, val.documents, args.val_every)
+                for i, piece in enumerate(pieces):
+                    (val if i < count else train).add(piece)
             if not train.documents:
                 raise DataError("The inputs: expected at least 2 documents, found "
                                 f"{val.documents}; add text.")
@@ -284,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", required=True, type=Path, metavar="FOLDER", help="folder for the shards")
     add("--overwrite", action="store_true", help="replace the text_*.bin in FOLDER")
     add("--tokenizer", default="auto", choices=("auto", "gpt2", "bytes"))
-    add("--val-every", default=100, type=int, metavar="N", help="one document of N validates (100)")
+    add("--val-every", default=100, type=int, metavar="N", help="one of N validates (100)")
     add("--workers", default=4, type=int, metavar="N", help="threads that make GPT-2 tokens (4)")
     add("--text-field", default="text", metavar="NAME", help="field or column of the text (text)")
     add("--split-at", default="", metavar="TEXT", help="what separates documents in one text (nothing)")

@@ -15,6 +15,7 @@ details.
 
 import argparse
 import datetime
+import fcntl
 import glob
 import json
 import os
@@ -31,8 +32,8 @@ from functools import cache
 from pathlib import Path
 
 from compact import compact
-from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, differences, load, race_labels,
-                    read_log, read_race, read_utf8, report)
+from report import (MAY_DIFFER, SETTING, ReportError, describe_hardware, describe_software, differences,
+                    load, race_labels, read_log, read_race, read_utf8, report)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,16 +186,40 @@ def finished(turn: int, version: Version, log: Path) -> bool:
     if not log.exists():
         return False
     expected = replace(version, settings=version.settings | {"seed": version.environment(turn)["SEED"]})
-    if differ := differences(read_log(log), expected, MAY_DIFFER - {"seed"}):
+    if differ := differences(read_log(log), expected, MAY_DIFFER - {"seed", "data_path"}):
         raise ReportError(f"{log} and {version.label} differ in {differ}: restore it, or name another --out.")
     return True
 
 def check_hardware(version: Version, log: Path) -> None:
-    """Raises ReportError if this log was made on other hardware than the version would run on here."""
-    here, there = describe_hardware(describe_machine(version.nproc), version.plan), read_log(log).hardware
+    """Raises ReportError if this log was made on other hardware, or with another PyTorch, than the version
+    would be here."""
+    run, machine = read_log(log), describe_machine(version.nproc)
+    here, there = describe_hardware(machine, version.plan), run.hardware
     if there not in (here, "unknown"):
         raise ReportError(f"{log}: expected a run on this machine ({here}), found one on {there}: continue "
                           "the race there, or name another --out.")
+    if describe_software(machine) != run.software != "unknown":
+        raise ReportError(f"{log}: expected a run with {describe_software(machine)}, found {run.software}: "
+                          "go on with that, or name another --out.")
+
+DATA = {"train_files", "val_files", "val_tokens"}
+
+def require_alike(versions: list[Version]) -> None:
+    """Raises ReportError unless all versions take the same data, but for what one overrides itself, and all
+    know the settings that the environment has for some."""
+    first, *others = versions
+    known = {name.upper() for version in versions for name in version.settings} - {"NPROC", "LOG_DIR"}
+    for version in versions:
+        unknown = sorted((known & os.environ.keys()) - {name.upper() for name in version.settings})
+        if unknown:
+            raise ReportError(f"{version.label}: expected settings that all versions have, found "
+                              f"{', '.join(unknown)} in the environment; give it to those that have it.")
+    for version in others:
+        for name in sorted(DATA):
+            here, there = version.settings.get(name), first.settings.get(name)
+            if here != there and name.upper() not in {*version.overrides, *first.overrides}:
+                raise ReportError(f"{version.label}: expected the data of {first.label} ({name} {there}), "
+                                  f"found {here}; set {name.upper()} for all, or for one.")
 
 def run_once(turn: int, version: Version, log: Path, progress: tqdm) -> None:
     """Run a version to its end and keep its log. Raises ReportError if it fails or its log is not whole."""
@@ -254,6 +279,7 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="race-") as place, ExitStack() as stack:
         for version in versions:
             prepare(version, Path(place) / version.label, stack)
+        require_alike(versions)
         runs = [(turn, version, out / version.label / f"round-{turn:02}.txt")
                 for turn in range(1, rounds + 1) for version in versions]
         todo = [run for run in runs if not finished(*run)]
@@ -267,9 +293,29 @@ def race(versions: list[Version], rounds: int, out: Path) -> None:
         (out / "race.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         with console():
             print(f"{len(versions)} versions, {rounds} rounds: {len(todo)} runs to do, logs in {out}")
-        with tqdm(todo, unit="run", disable=None) as progress:
+        failed = []
+        with tqdm(todo, unit="run", disable=None) as progress, only_race(out):
             for turn, version, log in progress:
-                run_once(turn, version, log, progress)
+                try:
+                    run_once(turn, version, log, progress)
+                except ReportError as error:  # the others may still tell something
+                    failed.append(str(error))
+                    with console(), progress.external_write_mode():
+                        print(failed[-1])
+        if failed:
+            raise ReportError("\n".join([f"{len(failed)} of {len(todo)} runs failed; the same command tries "
+                                         "them again:", *failed]))
+
+@contextmanager
+def only_race(out: Path):
+    """Raises ReportError if another process races into this folder now."""
+    with open(out / "race.json", "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ReportError(f"{out}: expected one race at a time, found another that is running; wait for "
+                              "it, or name another --out.") from None
+        yield
 
 def out_folder(name: str) -> Path:
     """records/DATE_NAME, with the date of today or of the race that already has this name."""
@@ -288,7 +334,8 @@ def main(argv=None) -> int:
     if args.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, found {args.rounds}")
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, signal.default_int_handler)
+        if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(sign, signal.default_int_handler)
     out = args.out or out_folder(args.name)
     try:
         versions = [read_version(text) for text in args.versions]

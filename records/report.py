@@ -69,6 +69,7 @@ class Run:
     settings: dict[str, str]  # name -> repr of the value; empty in published logs
     target: float  # at which the run would stop, nats per token; 0 if it had none, as in published logs
     hardware: str
+    software: str
     validations: dict[int, Validation]  # by step
     end: Validation  # at which the run is judged: the last, or that of --step
     finish: Validation  # whose time counts: where the run crossed its target, else the end
@@ -102,7 +103,7 @@ def read_log(path: Path, step: int = 0) -> Run:
         finish = crossing(*list(validations.values())[-2:], target)
     race_round = path.resolve().parents[1] / path.name if path.name.startswith("round-") else None
     return Run(path, source.rstrip("\n"), settings, target, describe_hardware(environment, lines),
-               validations, end, finish, race_round)
+               describe_software(environment), validations, end, finish, race_round)
 
 def crossing(before: Validation, after: Validation, target: float) -> Validation:
     """Where the straight line between two validations, loss against training time, comes to the target."""
@@ -136,6 +137,11 @@ def describe_hardware(environment: str, lines: str) -> str:
         processes = f"{ranks[1]} x " if ranks and ranks[1] != "1" else ""
         return f"{found[1]}, {processes}{found[2]}" if found else "unknown"
     return f"{ranks[1] if ranks else len(gpus)} x {' or '.join(sorted(set(gpus))) or 'unknown GPU'}"
+
+def describe_software(environment: str) -> str:
+    """'Python 3.11.7, PyTorch 2.13.0+cpu'; 'unknown' if the log does not say so."""
+    found = re.findall(r"^(?:Running )?(Python|PyTorch) (\S+)", environment, re.MULTILINE)
+    return ", ".join(f"{name} {version.rstrip(',')}" for name, version in found) or "unknown"
 
 # ----------------------------------------------------------------------------------------------------------
 # Sets of runs
@@ -261,16 +267,23 @@ def compare(new: Group, old: Group) -> str:
     if pairs:
         new_runs, old_runs = zip(*pairs)
         way = f"paired over {len(pairs)} rounds"
-    loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs), rounding=1e-4)
-    said = [verdict("loss", loss, "loss lower", "loss higher", 4)]
+    said = []
     if new.times_compare and old.times_compare:
-        said.insert(0, compare_times(new_runs, old_runs, bool(pairs)))
-    return f"{way}: {'; '.join(said)}"
+        said.append(compare_times(new_runs, old_runs, bool(pairs)))
+    same_step = len({run.end.step for run in (*new_runs, *old_runs)}) == 1
+    if same_step or (at_fixed_step(new) and at_fixed_step(old)):
+        loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs), rounding=1e-4)
+        said.append(verdict("loss", loss, "loss lower", "loss higher", 4))
+    return f"{way}: {'; '.join(said) or 'nothing compares, since runs ended at different steps'}"
 
 def compare_times(new: list[Run], old: list[Run], paired: bool) -> str:
-    """'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time)'; no verdict between unlike hardware."""
+    """'faster by 1.42 ± 0.19 s (0.9914 ± 0.0011 of the time)'; no verdict between unlike hardware, or if some
+    runs did not reach their target and ended at other steps."""
     if new[0].hardware != old[0].hardware:
         return f"times of unlike hardware do not compare ({new[0].hardware}; {old[0].hardware})"
+    late = [sum(run.target > 0 and run.end.loss > run.target for run in runs) for runs in (new, old)]
+    if any(late) and not all(run.end.step == new[0].end.step for run in (*new, *old)):
+        return f"times do not compare, since {late[0]} and {late[1]} runs did not reach their target"
     new_times, old_times = times_of(new), times_of(old)
     time = interval(new_times, old_times, paired)
     log_ratio, log_half = interval(np.log(new_times), np.log(old_times), paired)  # log of the ratio

@@ -58,7 +58,8 @@ class Race:
         monkeypatch.setenv("CALLS", str(self.calls))
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr("tempfile.tempdir", None)
-        monkeypatch.setattr(race, "describe_machine", lambda nproc: "2 CPUs, 2 threads")  # as in our_log
+        machine = "Python 3.11\n2 CPUs, 2 threads"  # as in our_log
+        monkeypatch.setattr(race, "describe_machine", lambda nproc: machine)
         monkeypatch.setattr(race, "processes_here", lambda: {"NPROC": "1"})
         self.a, self.b = self.script("a"), self.script("b")
 
@@ -134,12 +135,16 @@ def test_a_run_has_the_processes_that_its_plan_names(racing, monkeypatch):
     assert racing.run(racing.a, "-n", 1)[:2] == (0, ["a 1 1", "a 1 1"])
 
 
-def test_a_failing_run_ends_the_race_with_what_it_printed_and_the_rest_stays(racing, monkeypatch):
+def test_a_failing_run_is_told_with_what_it_printed_and_the_others_run(racing, monkeypatch):
     monkeypatch.setenv("FAIL", "b 2")
-    code, calls, _, err = racing.run(racing.a, racing.b, "-n", 3)
-    assert code == 1 and calls == ["a 1 1", "b 1 1", "a 1 2", "b 1 2"]
-    assert racing.logs() == ["a/round-01.txt", "a/round-02.txt", "b/round-01.txt"]
-    assert "round 2, b: exit code 1, 0 logs. " in err and "the loss is not finite" in err
+    code, calls, out, err = racing.run(racing.a, racing.b, "-n", 3)
+    everything = ["a 1 1", "b 1 1", "a 1 2", "b 1 2", "a 1 3", "b 1 3"]
+    assert code == 1 and calls == everything, "one that diverges does not keep the others from running"
+    assert racing.logs() == [f"{x[0]}/round-0{x[-1]}.txt" for x in sorted(everything) if x != "b 1 2"]
+    assert err.startswith("1 of 6 runs failed; the same command tries them again:\nround 2, b: exit code 1, ")
+    assert "the loss is not finite" in err and "round 2, b: exit code 1" in out
+    monkeypatch.delenv("FAIL")
+    assert racing.run(racing.a, racing.b, "-n", 3)[:2] == (0, ["b 1 2"])
 
 
 def test_a_race_needs_no_console(racing, monkeypatch):
@@ -209,6 +214,37 @@ def test_a_race_is_not_continued_on_another_machine(racing, monkeypatch):
     assert code == 1 and not calls and err.count("\n") == 1 and "a/round-01.txt: expected a run on " in err
     assert "on this machine (64 CPUs, 32 threads), found one on 2 CPUs, 2 threads: continue" in err
     assert racing.run(racing.a, racing.b, "-n", 1)[:2] == (0, [])  # nothing to do but to report
+    monkeypatch.setattr(race, "describe_machine", lambda nproc: "Python 3.12.1 (main)\n2 CPUs, 2 threads")
+    code, calls, _, err = racing.run(racing.a, racing.b, "-n", 2)
+    assert code == 1 and not calls and "expected a run with Python 3.12.1, found Python 3.11: " in err
+
+
+def test_versions_that_take_other_data_or_lack_a_setting_are_no_race(racing, monkeypatch):
+    versions = [race.Version(label, Path(racing.a), None, {}, settings=dict(val_tokens=tokens))
+                for label, tokens in (("a", "32"), ("c", "64"))]
+    with pytest.raises(report.ReportError, match=r"^c: expected the data of a \(val_tokens 32\), found 64; "):
+        race.require_alike(versions)
+    versions[1].overrides["VAL_TOKENS"] = "64"
+    race.require_alike(versions)
+    versions[1].settings["new_rate"] = "3"
+    race.require_alike(versions)
+    monkeypatch.setenv("NEW_RATE", "5")
+    with pytest.raises(report.ReportError, match="^a: expected settings that all versions have, found NEW"):
+        race.require_alike(versions)
+
+
+def test_two_races_into_one_folder_do_not_mix(racing):
+    racing.run(racing.a, racing.b, "-n", 1)
+    with race.only_race(racing.out):
+        code, calls, _, err = racing.run(racing.a, racing.b, "-n", 2)
+    assert code == 1 and not calls and "expected one race at a time, found another that is running" in err
+    assert racing.run(racing.a, racing.b, "-n", 2)[:2] == (0, ["a 1 2", "b 1 2"])
+
+
+def test_nohup_keeps_a_race_from_hanging_up(racing):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    racing.run(racing.a, "-n", 1)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_versions_take_the_processes_and_threads_that_this_checkout_chooses(monkeypatch):

@@ -265,6 +265,17 @@ def test_rounds_that_only_one_version_has_are_not_paired(race, run):
     assert said in run(race)[1]
 
 
+def test_a_version_that_missed_its_target_is_not_faster(tmp_path, run):
+    """It ended sooner, at a higher loss; and between other steps losses are not compared."""
+    write(tmp_path / "old", our_log(1.6, 100, seed=1), our_log(1.65, 110, seed=2))
+    logs = [our_log(1.8, ms, seed=ms, mlp_dim=9, steps=2).splitlines(keepends=True) for ms in (50, 60)]
+    late = "step:3/", "step:4/"
+    write(tmp_path / "new", *("".join(x for x in log if not x.startswith(late)) for log in logs))
+    code, out, err = run(tmp_path / "new", "--vs", tmp_path / "old")
+    said = "paired over 2 rounds: times do not compare, since 2 and 0 runs did not reach their target"
+    assert code == 0 and out.splitlines()[-1] == f"new against old, {said}"
+
+
 def test_two_equal_differences_of_rounded_losses_give_no_certainty(tmp_path, run):
     """Without rounding they would differ, and with two rounds a little is much."""
     for version, losses, seen in (("old", (1.5920, 1.5883), 9), ("new", (1.5917, 1.5880), 8)):

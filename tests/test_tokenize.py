@@ -116,8 +116,19 @@ def test_a_long_text_is_cut_into_documents_that_training_takes_whole(tmp_path):
     text = "".join(chr(97 + i % 26) for i in range(3 * 640 + 1))
     (tmp_path / "book.txt").write_text(text)
     made(tmp_path / "book.txt", out=tmp_path / "out", val_every=2)
-    assert texts_in(tmp_path / "out", "val") == [text[:640], text[1280:1920]]
-    assert texts_in(tmp_path / "out", "train") == [text[640:1280], text[-1]]
+    assert texts_in(tmp_path / "out", "val") == [text[:640], text[640:1280]]
+    assert texts_in(tmp_path / "out", "train") == [text[1280:1920], text[-1]]
+
+
+def test_no_document_is_in_training_and_in_validation(tmp_path):
+    """But the first, and any that is longer than all that lies between two for validation."""
+    texts = [chr(97 + i) * 2000 for i in range(26)]
+    made(write_jsonl(tmp_path / "a.jsonl", texts), out=tmp_path / "out", val_every=5)
+    train, val = ({text[0] for text in texts_in(tmp_path / "out", kind)} for kind in ("train", "val"))
+    assert train & val == {"a"} and len(train | val) == 26
+    val_pieces, train_pieces = (len(texts_in(tmp_path / "out", kind)) for kind in ("val", "train"))
+    assert val_pieces == pytest.approx((val_pieces + train_pieces) / 5, abs=4)
+    assert tokenize_text.held_out(410, 1000, 10, 100) == 4, "of a book, the beginning"
 
 
 def test_hidden_files_are_left_out_but_a_hidden_folder_can_be_named(tmp_path):
@@ -252,6 +263,14 @@ def test_the_training_script_accepts_the_command_at_the_end(tmp_path, run_main, 
     settings = dict(part.split("=", 1) for part in settings)
     code, _, said = run_main("--dry-run", DEVICE="cpu", LOG_DIR=tmp_path / "logs", **settings)
     assert (code, said) == (0, "")
+
+
+def test_a_demo_on_gpt2_tokens_has_room_for_whole_documents(tmp_path, small_gpt2, run_main):
+    out = tmp_path / "out"
+    made(write_jsonl(tmp_path / "a.jsonl", [" the" * 4000] * 40), out=out, tokenizer="gpt2", val_every=10)
+    settings = dict(part.split("=", 1) for part in shlex.split((out / "command.sh").read_text())[:-1])
+    code, shown, _ = run_main("--dry-run", DEVICE="cpu", LOG_DIR=tmp_path / "logs", **settings)
+    assert code == 0 and "tokens can be used" not in shown, shown
 
 
 # ---- What goes wrong

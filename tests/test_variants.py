@@ -151,12 +151,15 @@ def test_the_two_races_are_compared_idea_by_idea_and_as_ranks(tmp_path, capsys):
     assert "signs right among winners: 3 of 3\nsigns right among losers: 1 of 1\n" in shown
     # the two seeds' differences are 0.01 apart for three ideas, and equal for two: sqrt(3 x 0.00005 / 5)
     assert "over seeds: 0.0055 nats" in shown
-    assert "0.5 % of the steps is 0.0050 nats: 5 rounds see it" in shown
+    assert "0.5 % of the steps is 0.0050 nats: an interval so wide takes 5 rounds" in shown
     assert (tmp_path / "x.png").stat().st_size > 1000
     assert rank.main([str(tmp_path), "--half", "second"]) == 0
     assert "of 2 ideas" in capsys.readouterr().out
     assert rank.main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere/base: expected logs" in capsys.readouterr().err
+    (tmp_path / "base/seed-2.txt").unlink()
+    assert rank.main([str(tmp_path)]) == 1
+    assert "base: expected a run with seed 2, as exclusive has, found none." in capsys.readouterr().err
 
 
 def test_the_ideas_of_a_half_are_printed_as_versions_that_race_reads(capsys):

@@ -60,8 +60,14 @@ def read_ideas(race: Path, half: str) -> list[Idea]:
         if half not in ("both", row[-1]) or not (race / name).is_dir():
             continue
         sign = -1 if in_base(row) else 1
-        differences = [sign * (loss - base[seed]) for seed, loss in losses(race / name).items()]
+        of_idea = losses(race / name)
+        if missing := of_idea.keys() - base.keys():
+            raise ReportError(f"{race / 'base'}: expected a run with seed {min(missing)}, as {name} has, "
+                              "found none.")
+        differences = [sign * (loss - base[seed]) for seed, loss in of_idea.items()]
         found.append(Idea(name, kind, row[-1], float(gain), differences))
+    if not found:
+        raise ReportError(f"{race}: expected logs of ideas of this half, found none.")
     return found
 
 
@@ -72,10 +78,10 @@ def half_interval(differences: list[float], deviation: float) -> float:
 
 def pooled_deviation(ideas: list[Idea], base: list[float]) -> float:
     """The standard deviation of an idea's differences over seeds, pooled; if each has one seed, that of the
-    base's losses; nan if there is only one of these, too."""
+    difference of two runs of the base; nan if there is only one of these, too."""
     several = [idea.differences for idea in ideas if len(idea.differences) > 1]
     if not several:
-        return np.std(base, ddof=1) if len(base) > 1 else np.nan
+        return 2**0.5 * np.std(base, ddof=1) if len(base) > 1 else np.nan
     variances = [np.var(differences, ddof=1) for differences in several]
     return np.sqrt(np.average(variances, weights=[len(differences) - 1 for differences in several]))
 
@@ -99,7 +105,8 @@ def report(ideas: list[Idea], deviation: float, one_percent: float) -> None:
     print(f"standard deviation of a difference over seeds: {deviation:.4f} nats")
     if one_percent:
         rounds = (1.96 * deviation / (0.5 * one_percent)) ** 2
-        print(f"0.5 % of the steps is {0.5 * one_percent:.4f} nats: {np.ceil(rounds):.0f} rounds see it")
+        print(f"0.5 % of the steps is {0.5 * one_percent:.4f} nats: an interval so wide takes "
+              f"{np.ceil(rounds):.0f} rounds")
 
 
 def draw(ideas: list[Idea], deviation: float, path: Path) -> None:
