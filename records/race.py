@@ -177,8 +177,8 @@ def prepare(version: Version, folder: Path, stack: ExitStack) -> None:
 # How far the verdict of a race with PRESET=proxy can be trusted
 SMALL_RACE = (
     "PRESET=proxy shows that a change trains, not that it helps at full size: of 18 ideas with known result "
-    "there, 3 of 13 winners and 3 of 4 losers had the right sign here, one run each; rank correlation 0.15, "
-    "p = 0.28 (records/2026-11-26_Proxy)."
+    "there, 7 of 13 winners and 1 of 4 losers had the right sign here, three runs each; rank correlation "
+    "-0.10, p = 0.66 (records/2026-11-26_Proxy)."
 )
 
 def finished(turn: int, version: Version, log: Path) -> bool:
