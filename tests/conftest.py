@@ -195,7 +195,7 @@ class Run:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=180):
         """Exit codes, negative for signals. Fails if a rank is still there after `timeout` seconds."""
         for process in self.processes:
             process.join(timeout)
