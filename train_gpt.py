@@ -1478,6 +1478,14 @@ def init_weights(model: Network, seed: int) -> None:
 reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+def of_all_ranks(x) -> list:
+    """x of each rank, by rank: any object that can be pickled. Called by all ranks."""
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
 @dataclass
 class ShardedParam:
     """One parameter as the optimizer sees it on this rank."""
@@ -1979,12 +1987,8 @@ def restore_flash_attention_2() -> None:
 def candidates_of_all_ranks(device: torch.device, s: Settings) -> list[Candidate]:
     """Those that every rank can try, since each trial ends with a collective: GPUs may differ."""
     candidates = list_candidates(nvidia_capability(device), s)
-    if not dist.is_initialized():
-        return candidates
     names = [(candidate.kind, candidate.name) for candidate in candidates]
-    of_ranks = [names] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, names)
-    shared = set(names).intersection(*of_ranks)
+    shared = set(names).intersection(*of_all_ranks(names))
     return [candidate for candidate, name in zip(candidates, names) if name in shared]
 
 def try_candidate(trial: KernelTrial, candidate: Candidate, kernels: Kernels, expected) -> tuple[float, str]:
@@ -2665,9 +2669,9 @@ class Log:
 # metadata hold step, training seconds, what identifies the run, and a SHA-256 of everything else.
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-# Settings that may differ when a run goes on: where it runs, and when it looks, saves and stops. Of the data,
-# the tokens count, not the places.
+# Settings that may differ from rank to rank: where it runs. Of the data, the tokens count, not the places.
 OF_A_MACHINE = {"device", "nproc", "log_dir", "data_path", "train_files", "val_files"}
+# And when a run goes on: also when it looks, saves and stops.
 FREE_TO_CHANGE = OF_A_MACHINE | {"checkpoint_every", "resume", "sample_tokens", "target_loss",
                                  "val_loss_every"}
 SIZES = "microbatches", "val_slice_tokens"  # are fitted to the GPU's memory, unless the environment sets them
@@ -2709,7 +2713,7 @@ def read_header(path: Path) -> tuple[dict, int]:
         text = file.read(size) if size < path.stat().st_size else b""
     try:
         header = json.loads(text)
-        header["__metadata__"]["sha256"]
+        header["__metadata__"]["sha256"]  # files of other programs lack it
         return header, 8 + size
     except (ValueError, KeyError, TypeError):
         raise ValueError("a file of another kind, or a part of one") from None
@@ -2778,10 +2782,8 @@ def require_same_run(identity: dict, s: Settings) -> None:
     """Raises UserError on all ranks unless what identify_run says, and all settings but those of a machine,
     are the same on all."""
     mine = identity | {name: x for name, x in asdict(s).items() if name not in OF_A_MACHINE}
-    of_ranks = [mine] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    first = of_ranks[0]
-    for rank, other in enumerate(of_ranks):
+    first, *others = of_all_ranks(mine)
+    for rank, other in enumerate(others, 1):
         names = [name for name in first if other.get(name) != first[name]]
         if names:
             remedy = "start all nodes with the same"
@@ -2878,10 +2880,7 @@ def agree_on_checkpoint(found: Found | None, problem: UserError | None) -> None:
         mine = "an error"
     elif found:
         mine = f"step {found.metadata['step']}, SHA-256 {found.metadata['sha256'][:12]}"
-    theirs = [mine]
-    if dist.is_initialized():
-        theirs = [None] * dist.get_world_size()
-        dist.all_gather_object(theirs, mine)
+    theirs = of_all_ranks(mine)
     if problem:
         alone = len({*theirs}) > 1
         raise UserError(str(problem), exit_code=2, rank=dist.get_rank() if alone else None)
@@ -3439,16 +3438,12 @@ def run(s: Settings, overrides: list[str], notes: list[str]) -> int:
     if s.torch_compile:  # loaded later, it would keep the group and its threads, which may abort at the end
         importlib.import_module("torch._dynamo")
     connect(device, launched)
-    cards = [read_card(device)]
-    if world_size > 1:
-        cards *= world_size
-        dist.all_gather_object(cards, cards[0])
+    cards = of_all_ranks(read_card(device))
     notes = [*notes, why_device, *idle_gpus(s, device, launched.local_world_size)]
     s, about_memory, peak = fit_memory(s, overrides, world_size, cards)
     prepared = prepare(s, overrides, [*notes, *about_memory], world_size)
     identity = identify_run(s, read_source(), prepared.plan, prepared.val_tokens, world_size)
-    if world_size > 1:
-        require_same_run(identity, s)
+    require_same_run(identity, s)
     log = Log(s, rank, peak)
     try:
         ending = race(s, prepared, identity, log, device, rank, world_size)

@@ -270,8 +270,7 @@ def compare(new: Group, old: Group) -> str:
     said = []
     if new.times_compare and old.times_compare:
         said.append(compare_times(new_runs, old_runs, bool(pairs)))
-    same_step = len({run.end.step for run in (*new_runs, *old_runs)}) == 1
-    if same_step or (at_fixed_step(new) and at_fixed_step(old)):
+    if same_step([*new_runs, *old_runs]) or (at_fixed_step(new) and at_fixed_step(old)):
         loss = interval(losses_of(new_runs), losses_of(old_runs), bool(pairs), rounding=1e-4)
         said.append(verdict("loss", loss, "loss lower", "loss higher", 4))
     return f"{way}: {'; '.join(said) or 'nothing compares, since runs ended at different steps'}"
@@ -282,7 +281,7 @@ def compare_times(new: list[Run], old: list[Run], paired: bool) -> str:
     if new[0].hardware != old[0].hardware:
         return f"times of unlike hardware do not compare ({new[0].hardware}; {old[0].hardware})"
     late = [sum(run.target > 0 and run.end.loss > run.target for run in runs) for runs in (new, old)]
-    if any(late) and not all(run.end.step == new[0].end.step for run in (*new, *old)):
+    if any(late) and not same_step([*new, *old]):
         return f"times do not compare, since {late[0]} and {late[1]} runs did not reach their target"
     new_times, old_times = times_of(new), times_of(old)
     time = interval(new_times, old_times, paired)
@@ -305,9 +304,13 @@ def spread(figures: list[float], digits: int) -> str:
     """'1.6711 ± 0.0106': mean and standard deviation."""
     return plus_minus(np.mean(figures), np.std(figures, ddof=1) if len(figures) > 1 else np.nan, digits)
 
+def same_step(runs: list[Run]) -> bool:
+    """Whether all are judged at one step."""
+    return len({run.end.step for run in runs}) == 1
+
 def at_fixed_step(group: Group) -> bool:
     """Whether all runs are judged at one step, and had no target at which they would have stopped."""
-    return len({run.end.step for run in group.runs}) == 1 and not any(run.target for run in group.runs)
+    return same_step(group.runs) and not any(run.target for run in group.runs)
 
 def p_value(group: Group) -> float:
     """p of the one-sided t-test that the mean loss is below the target; nan without two different losses, and

@@ -62,14 +62,6 @@ class PlainAdam:
 
 # ---- Checks that one rank or several make together
 
-def from_all_ranks(x, world_size):
-    """What each rank holds: x, any object."""
-    found = [x] * world_size
-    if world_size > 1:
-        dist.all_gather_object(found, x)
-    return found
-
-
 def start(folder, s, rank=0, world_size=1):
     """Model, optimizer and batches of a run on a rank, away from the zeros that hide gradients."""
     model = fresh_model(s, world_size=world_size)
@@ -114,9 +106,9 @@ def train_steps_are_those_of_one_rank(rank, world_size, folder):
         q, rows = getattr(model, name).detach(), len(p)
         torch.testing.assert_close(q[:rows], p.detach(), rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
         assert not q[rows:].any(), f"rows added to {name}"
-        bits = from_all_ranks(q.numpy().tobytes(), world_size)
+        bits = train_gpt.of_all_ranks(q.numpy().tobytes())
         assert len(set(bits)) == 1, f"ranks differ in {name}"
-    orders = from_all_ranks(called, world_size)
+    orders = train_gpt.of_all_ranks(called)
     head = tuple(s_ // world_size if i == 0 else s_ for i, s_ in enumerate(one.lm_head.shape))
     assert called[0] == ("reduce_scatter_tensor", head), "the head's is under way first"
     # two for each parameter, but one for the tiny ones together, and one for the status
@@ -151,7 +143,7 @@ def unlike_gpus_try_what_all_of_them_have(rank, world_size, folder):
         assert "float8, fused loss" in names, "which rank 0 lacks"
         _, lines = train_gpt.choose_kernels(torch.device("cuda"), s)
     assert lines[1].startswith("head: plain PyTorch "), lines
-    assert len({*from_all_ranks("".join(lines), world_size)}) == 1
+    assert len({*train_gpt.of_all_ranks("".join(lines))}) == 1
 
 
 def make_check(check, rank, world_size, folder, store, wrong):

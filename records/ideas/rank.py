@@ -51,9 +51,9 @@ def losses(folder: Path) -> dict[str, float]:
     return {run.settings["seed"]: run.end.loss for run in runs}
 
 
-def read_ideas(race: Path, half: str) -> list[Idea]:
-    """The ideas of this half that have logs, in README's order. Raises OSError and ReportError."""
-    base = losses(race / "base")
+def read_ideas(race: Path, half: str, base: dict[str, float]) -> list[Idea]:
+    """The ideas of this half that have logs, in README's order. base: its losses. Raises OSError and
+    ReportError."""
     found = []
     for row in read_rows(README.read_text(encoding="utf-8")):
         name, kind, gain = row[:3]
@@ -137,8 +137,9 @@ def main(argv=None) -> int:
     parser.add_argument("--one-percent", type=float, default=0, metavar="NATS")
     args = parser.parse_args(argv)
     try:
-        ideas = read_ideas(args.race, args.half)
-        deviation = pooled_deviation(ideas, list(losses(args.race / "base").values()))
+        base = losses(args.race / "base")
+        ideas = read_ideas(args.race, args.half, base)
+        deviation = pooled_deviation(ideas, list(base.values()))
     except (OSError, ReportError) as error:
         print(error, file=sys.stderr)
         return 1
